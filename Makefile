@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+# `make demo` and `make test` do all of their own set-up on Debian 12 and Ubuntu 24.04.
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO_CONFIG := jobs/configs/smollm2-135m-1p1d-cpu.yaml
+SANITIZERS := address,undefined thread
+
+.PHONY: help setup demo test unit e2e lint native-test stubs bench-engine bench-pd clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "%-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup:  ## system packages, .venv, vLLM's CPU build, the small model, the extension
+	@env/setup.sh
+
+demo: setup  ## a prompt file through one prefill and one decode engine on this machine
+	$(BIN)/rdma-kv batch jobs/examples/prompts.jsonl -o runs/demo/answers.jsonl \
+	  --config $(DEMO_CONFIG) --run-dir runs/demo --restart
+
+test: setup lint native-test unit e2e  ## everything: lint, types, native tests, unit and end-to-end tests
+
+unit: setup  ## tests without vLLM
+	$(BIN)/python -m pytest -m 'not e2e'
+
+e2e: setup  ## tests with real vLLM engines (minutes)
+	$(BIN)/python -m pytest -m e2e
+
+lint: setup  ## ruff, mypy, import directions, clang-format, stub drift
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'native/*.cc' 'native/*.h')
+
+native-test: setup  ## gtest of the engine, plain and under ASan+UBSan and TSan
+	@for san in none $(SANITIZERS); do \
+	  dir=build/native-$$(echo $$san | tr , -); \
+	  $(BIN)/cmake -S native -B $$dir -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
+	    -DRKV_BUILD_TESTS=ON -DRKV_SANITIZE=$$(echo $$san | sed 's/none//') >/dev/null && \
+	  $(BIN)/cmake --build $$dir && $(BIN)/ctest --test-dir $$dir --output-on-failure || exit 1; \
+	done
+
+stubs: setup  ## regenerate the type stub of the extension
+	$(BIN)/pybind11-stubgen rdma_kv_cache._native -o src --exit-code
+
+bench-engine: setup  ## the native engine beside memcpy, raw TCP and NIXL
+	$(BIN)/python tests/bench/bench_engine.py
+
+bench-pd: setup  ## time to first token: one engine, vLLM's NixlConnector, ours
+	$(BIN)/python tests/bench/bench_pd.py
+
+clean:  ## remove what was built (not .venv, not the model)
+	rm -rf build runs .mypy_cache .ruff_cache .pytest_cache

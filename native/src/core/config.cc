@@ -1,0 +1,34 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "core/config.h"
+
+#include <sstream>
+#include <stdexcept>
+
+namespace rkv {
+namespace {
+
+template <class T>
+void check_range(const char* field, T value, T lowest, T highest) {
+  // Written so that NaN fails too.
+  if (value >= lowest && value <= highest) return;
+  std::ostringstream text;
+  text << field << " is " << value << "; it must be from " << lowest << " to " << highest;
+  throw std::invalid_argument(text.str());
+}
+
+}  // namespace
+
+void EngineConfig::validate() const {
+  check_range<std::int64_t>("block_size", block_size, 4096, 8 << 20);
+  check_range<std::int64_t>("queue_depth", queue_depth, 1, 65536);
+  check_range<std::int64_t>("qps_per_peer", qps_per_peer, 1, 16);
+  check_range<double>("peer_timeout_s", peer_timeout_s, 0.1, 3600.0);
+  check_range<double>("connect_timeout_s", connect_timeout_s, 0.1, 3600.0);
+  check_range<std::int64_t>("spin_us", spin_us, 0, 1000000);
+  if (bind_host.empty() || bind_host == "0.0.0.0" || bind_host == "::") {
+    throw std::invalid_argument("bind_host is '" + bind_host +
+                                "'; it must be one address that peers can reach, not a wildcard");
+  }
+}
+
+}  // namespace rkv

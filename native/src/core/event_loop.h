@@ -1,0 +1,63 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <chrono>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <unordered_map>
+#include <vector>
+
+#include "core/unique_fd.h"
+
+namespace rkv {
+
+/// One epoll instance and a queue of commands: everything the progress thread reacts to.
+///
+/// Only post() may be called from any thread; the rest belongs to the progress thread.
+class EventLoop {
+ public:
+  using Command = std::function<void()>;
+  using Handler = std::function<void(std::uint32_t epoll_events)>;
+
+  /// @throw std::runtime_error when epoll or eventfd are refused.
+  EventLoop();
+
+  /// Queues `command` for the progress thread and wakes it if it sleeps. Thread-safe.
+  void post(Command command);
+
+  /// Calls `handler` while `fd` has one of `epoll_events` (level-triggered). The caller keeps
+  /// owning `fd` and calls unwatch() before closing it; a handler may unwatch any fd, its own too.
+  void watch(int fd, std::uint32_t epoll_events, Handler handler);
+  void change(int fd, std::uint32_t epoll_events);
+  void unwatch(int fd);
+
+  /// Runs what is due: commands first, then ready file descriptors. Blocks for at most `max_wait`
+  /// when nothing is. @return whether anything ran.
+  bool run_once(std::chrono::milliseconds max_wait);
+
+  /// Times that post() had to wake a sleeping progress thread (the software doorbell).
+  [[nodiscard]] std::uint64_t wakeups() const { return wakeups_; }
+
+ private:
+  bool run_commands();
+  bool begin_sleep();
+  void end_sleep();
+  void dispatch(std::uint64_t serial, std::uint32_t epoll_events);
+  void control(int operation, int fd, std::uint32_t epoll_events, std::uint64_t serial);
+
+  UniqueFd epoll_;
+  UniqueFd wake_;
+  std::uint64_t next_serial_ = 1;
+  std::unordered_map<std::uint64_t, std::shared_ptr<Handler>> by_serial_;
+  std::unordered_map<int, std::uint64_t> serial_of_;
+  std::vector<Command> running_;
+  std::uint64_t wakeups_ = 0;
+
+  std::mutex mutex_;  // guards the two below
+  std::vector<Command> commands_;
+  bool sleeping_ = false;
+};
+
+}  // namespace rkv

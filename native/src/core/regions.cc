@@ -1,0 +1,137 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "core/regions.h"
+
+#include <algorithm>
+#include <sstream>
+#include <stdexcept>
+#include <utility>
+
+#include "core/wire.h"
+
+namespace rkv {
+namespace {
+
+constexpr std::uint32_t kMagic = 0x4d564b52;  // "RKVM"
+constexpr std::uint16_t kVersion = 1;
+constexpr std::size_t kDescribedRegions = 4;  ///< An error text needs no more to be understood.
+
+std::string range_text(const MemoryRange& range) {
+  std::ostringstream text;
+  text << "[0x" << std::hex << range.address << ", +" << std::dec << range.nbytes << ")";
+  return text.str();
+}
+
+[[noreturn]] void throw_bad_row(std::size_t row, const char* side, const MemoryRange& range,
+                                const std::string& why) {
+  throw std::invalid_argument("write(): row " + std::to_string(row) + ": " + side + " range " +
+                              range_text(range) + " " + why);
+}
+
+}  // namespace
+
+RegionIndex::RegionIndex(std::vector<Region> regions) : regions_(std::move(regions)) {
+  std::sort(regions_.begin(), regions_.end(),
+            [](const Region& a, const Region& b) { return a.range.address < b.range.address; });
+}
+
+const RegionIndex::Region* RegionIndex::find(std::uint64_t address, std::uint64_t nbytes,
+                                             const Region* hint) const {
+  if (hint != nullptr && hint->range.contains(address, nbytes)) return hint;
+  const auto after = std::upper_bound(
+      regions_.begin(), regions_.end(), address,
+      [](std::uint64_t wanted, const Region& region) { return wanted < region.range.address; });
+  // The nearest region below holds the range unless regions overlap; then an earlier one may.
+  for (auto it = after; it != regions_.begin();) {
+    --it;
+    if (it->range.contains(address, nbytes)) return &*it;
+  }
+  return nullptr;
+}
+
+RegionIndex RegionIndex::with(Region region) const {
+  std::vector<Region> regions = regions_;
+  regions.push_back(region);
+  return RegionIndex(std::move(regions));
+}
+
+RegionIndex RegionIndex::without(RegionId id) const {
+  RegionIndex smaller = *this;
+  std::erase_if(smaller.regions_, [id](const Region& region) { return region.id == id; });
+  return smaller;
+}
+
+std::string RegionIndex::describe() const {
+  std::string text = std::to_string(regions_.size()) + " regions";
+  for (std::size_t i = 0; i < std::min(regions_.size(), kDescribedRegions); ++i) {
+    text += (i == 0 ? ": " : ", ") + range_text(regions_[i].range);
+  }
+  if (regions_.size() > kDescribedRegions) text += ", ...";
+  return text;
+}
+
+Bytes MemoryDescriptor::encode() const {
+  ByteWriter writer;
+  writer.put(kMagic);
+  writer.put(kVersion);
+  writer.put_string(backend);
+  writer.put(incarnation);
+  writer.put(range.address);
+  writer.put(range.nbytes);
+  writer.put_string(blob);
+  return writer.take();
+}
+
+MemoryDescriptor MemoryDescriptor::decode(std::string_view bytes) {
+  ByteReader reader(bytes);
+  MemoryDescriptor descriptor;
+  if (reader.get<std::uint32_t>("magic") != kMagic) throw FormatError("not a memory descriptor");
+  const auto version = reader.get<std::uint16_t>("version");
+  if (version != kVersion) {
+    throw FormatError("of version " + std::to_string(version) + "; this engine speaks version " +
+                      std::to_string(kVersion));
+  }
+  descriptor.backend = reader.get_string("backend name");
+  descriptor.incarnation = reader.get<std::uint64_t>("incarnation");
+  descriptor.range.address = reader.get<std::uint64_t>("address");
+  descriptor.range.nbytes = reader.get<std::uint64_t>("length");
+  descriptor.blob = reader.get_string("backend part");
+  reader.expect_end();
+  if (descriptor.range.nbytes > UINT64_MAX - descriptor.range.address) {
+    throw FormatError("of memory that wraps round the address space");
+  }
+  return descriptor;
+}
+
+std::vector<WriteSlice> resolve_rows(std::span<const std::int64_t> local,
+                                     std::span<const std::int64_t> remote,
+                                     std::span<const std::int64_t> nbytes,
+                                     const RegionIndex& local_regions,
+                                     const RegionIndex& remote_regions) {
+  std::vector<WriteSlice> rows(nbytes.size());
+  const RegionIndex::Region* local_hint = nullptr;
+  const RegionIndex::Region* remote_hint = nullptr;
+  for (std::size_t i = 0; i < rows.size(); ++i) {
+    const MemoryRange source{static_cast<std::uint64_t>(local[i]),
+                             static_cast<std::uint64_t>(nbytes[i])};
+    const MemoryRange target{static_cast<std::uint64_t>(remote[i]), source.nbytes};
+    if (nbytes[i] < 0) {
+      throw std::invalid_argument("write(): row " + std::to_string(i) + ": nbytes is " +
+                                  std::to_string(nbytes[i]));
+    }
+    if (nbytes[i] == 0) continue;
+    local_hint = local_regions.find(source.address, source.nbytes, local_hint);
+    if (local_hint == nullptr) {
+      throw_bad_row(i, "local", source,
+                    "is not inside registered memory (" + local_regions.describe() + ")");
+    }
+    remote_hint = remote_regions.find(target.address, target.nbytes, remote_hint);
+    if (remote_hint == nullptr) {
+      throw_bad_row(i, "remote", target,
+                    "is not inside the peer's memory (" + remote_regions.describe() + ")");
+    }
+    rows[i] = {source.address, target.address, source.nbytes, local_hint->id, remote_hint->id};
+  }
+  return rows;
+}
+
+}  // namespace rkv

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pydantic's errors as Problems: file, dotted key, value, remedy."""
+
+from __future__ import annotations
+
+import difflib
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel
+
+from rdma_kv_cache.config.errors import MISSING, Problem
+from rdma_kv_cache.config.schema import JobConfig
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+    from pydantic.fields import FieldInfo
+    from pydantic_core import ErrorDetails
+
+    from rdma_kv_cache.config.layers import Layers
+
+
+def explain(error: ValidationError, layers: Layers, job_file: str) -> list[Problem]:
+    """Return one Problem for each wrong key; the branches of a union are joined by "or"."""
+    grouped: dict[tuple[str, ...], list[ErrorDetails]] = {}
+    for detail in error.errors():
+        grouped.setdefault(_key(detail), []).append(detail)
+    return [_problem(key, details, layers, job_file) for key, details in grouped.items()]
+
+
+def _key(detail: ErrorDetails) -> tuple[str, ...]:
+    """Return the key without what pydantic adds for the branches of a union."""
+    names = tuple(str(part) for part in detail["loc"])
+    if len(names) < 3:
+        return names
+    section = _sections().get(names[0])
+    is_mapping = section is not None and names[1] == "env"
+    return names[:3] if is_mapping else names[:2]
+
+
+def _problem(
+    key: tuple[str, ...], details: list[ErrorDetails], layers: Layers, job_file: str
+) -> Problem:
+    first = details[0]
+    source = layers.source(key) or job_file
+    dotted = ".".join(key)
+    if first["type"] == "extra_forbidden":
+        return Problem(source, dotted, "unknown key", _nearest(key), _value(first["input"]))
+    if first["type"] == "missing":
+        return Problem(source, dotted, "required, and not given", _remedy(key))
+    message = ", or ".join(dict.fromkeys(_message(detail) for detail in details))
+    return Problem(source, dotted, message, _remedy(key), _value(first["input"]))
+
+
+def _message(detail: ErrorDetails) -> str:
+    message = detail["msg"].removeprefix("Value error, ").rstrip(".")
+    return (
+        message.replace("Input should", "should")
+        .replace("valid tuple", "list")
+        .replace("valid dictionary", "mapping of keys")
+    )
+
+
+def _value(value: Any) -> Any:
+    return MISSING if isinstance(value, (dict, BaseModel)) else value
+
+
+def _nearest(key: tuple[str, ...]) -> str:
+    fields = JobConfig.model_fields if len(key) == 1 else _sections()[key[0]].model_fields
+    valid = ", ".join(fields)
+    where = "sections" if len(key) == 1 else f"keys of {key[0]}"
+    near = difflib.get_close_matches(key[-1], fields, n=1)
+    if near:
+        return f"Did you mean {'.'.join((*key[:-1], near[0]))}? Valid {where}: {valid}"
+    elsewhere = [
+        f"{name}.{key[-1]}" for name, s in _sections().items() if key[-1] in s.model_fields
+    ]
+    if elsewhere:
+        return f"Did you mean {' or '.join(elsewhere)}? Valid {where}: {valid}"
+    return f"Valid {where}: {valid}"
+
+
+def _remedy(key: tuple[str, ...]) -> str:
+    field = _field(key)
+    if field is not None and field.description:
+        return f"{'.'.join(key[:2])}: {field.description}"
+    section = _sections().get(key[0])
+    fields = section.model_fields if section else JobConfig.model_fields
+    return f"Keys of {key[0]}: {', '.join(fields)}"
+
+
+def _field(key: tuple[str, ...]) -> FieldInfo | None:
+    section = _sections().get(key[0])
+    return section.model_fields.get(key[1]) if section and len(key) > 1 else None
+
+
+def _sections() -> dict[str, type[BaseModel]]:
+    sections = {}
+    for name, field in JobConfig.model_fields.items():
+        assert isinstance(field.annotation, type)
+        sections[name] = field.annotation
+    return sections

@@ -1,0 +1,322 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Worker side of a prefill engine: writes pages as soon as both sides know of the transfer.
+
+One mechanism: whenever a layer is computed or a REGISTER arrives, everything that is final and not
+yet sent is written. All methods run under the runtime's lock.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from typing import TYPE_CHECKING
+
+from rdma_kv_cache import _native
+from rdma_kv_cache.connector.log import get_logger
+from rdma_kv_cache.connector.messages import (
+    Cancel,
+    Cancelled,
+    Checksums,
+    Refused,
+    Register,
+    Release,
+    Renew,
+)
+from rdma_kv_cache.connector.outgoing import Outgoing
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from rdma_kv_cache.connector.layout import KVLayout
+    from rdma_kv_cache.connector.metadata import PrefillEnd, StepMetadata
+    from rdma_kv_cache.connector.outgoing import PageWrites
+    from rdma_kv_cache.connector.peers import Peer, Peers
+    from rdma_kv_cache.connector.settings import Settings
+    from rdma_kv_cache.connector.stats import TransferStats
+
+logger = get_logger(__name__)
+
+MAX_REMEMBERED_ENDS = 10_000
+"""Transfers whose end is remembered, so that a late REGISTER is refused at once."""
+
+
+class ProducerWorker:
+    """All transfers of one prefill worker."""
+
+    def __init__(
+        self,
+        engine: _native.Engine,
+        peers: Peers,
+        layout: KVLayout,
+        settings: Settings,
+        stats: TransferStats,
+    ) -> None:
+        self._engine = engine
+        self._peers = peers
+        self._layout = layout
+        self._settings = settings
+        self._stats = stats
+        self._by_request: dict[str, Outgoing] = {}
+        self._by_transfer: dict[str, Outgoing] = {}
+        self._by_write: dict[int, Outgoing] = {}
+        self._early: dict[str, tuple[Peer, Register]] = {}
+        self._ended: OrderedDict[str, str] = OrderedDict()
+        self._finished: set[str] = set()
+        self._step: list[tuple[Outgoing, int]] = []
+        self._layer_index = {layer.name: i for i, layer in enumerate(layout.layers)}
+
+    # From vLLM's step
+
+    def begin_step(self, meta: StepMetadata) -> None:
+        """Learn which tokens this step computes, and which requests ended."""
+        self._step = []
+        for chunk in meta.chunks:
+            out = self._by_request.get(chunk.req_id)
+            if out is None:
+                out = self._begin(chunk.req_id, chunk.transfer_id, chunk.prompt_tokens)
+            out.add_chunk(chunk)
+            self._step.append((out, chunk.computed_after))
+        for end in meta.ends:
+            self._prefill_ended(end)
+
+    def layer_computed(self, layer_name: str) -> None:
+        """A layer of the running step is done: its pages can go while the next one computes."""
+        index = self._layer_index.get(layer_name)
+        if index is None:
+            return
+        for out, computed in self._step:
+            out.ready[index] = computed
+            self._flush(out, (index,))
+
+    def end_step(self) -> None:
+        """Completeness sweep: whatever no layer hook announced is final by now."""
+        for out, computed in self._step:
+            out.ready[:] = computed
+            if computed >= out.prompt_tokens and out.computed_at is None:
+                out.computed_at = time.monotonic()
+            self._flush(out, range(len(self._layout.layers)))
+        self._step = []
+
+    def in_flight(self, req_ids: Iterable[str]) -> bool:
+        """True while a write that reads these requests' blocks is not acknowledged."""
+        return any(o.in_flight for r in req_ids if (o := self._by_request.get(r)) is not None)
+
+    def peers_of(self, req_ids: Iterable[str]) -> list[Peer]:
+        """The peers that these requests are sent to."""
+        outs = [o for r in req_ids if (o := self._by_request.get(r)) is not None]
+        return [o.target.peer for o in outs if o.target is not None]
+
+    def preempt(self, req_ids: Iterable[str]) -> None:
+        """These requests lose their blocks; nothing of them is in flight."""
+        for req_id in req_ids:
+            if (out := self._by_request.get(req_id)) is not None:
+                out.restart()
+
+    def take_finished(self) -> set[str]:
+        """Requests whose blocks may be freed now; each is returned once."""
+        finished, self._finished = self._finished, set()
+        return finished
+
+    def held(self) -> int:
+        """Requests whose blocks are held although their prefill has ended."""
+        return sum(out.end is not None for out in self._by_request.values())
+
+    # From the peer
+
+    def on_message(self, peer: Peer, message: Register | Cancel | Release | Renew) -> None:
+        """REGISTER, CANCEL, RELEASE or RENEW."""
+        if isinstance(message, Register):
+            self._register(peer, message)
+        elif isinstance(message, Cancel):
+            self._cancel(peer, message)
+        elif isinstance(message, Release):
+            self._early.pop(message.transfer_id, None)
+            self._drop(message.transfer_id, "decode released it")
+        else:
+            until = time.monotonic() + self._settings.lease_s
+            for transfer_id in message.transfer_ids:
+                if (out := self._by_transfer.get(transfer_id)) is not None:
+                    out.lease_until = until
+
+    def on_written(self, write_id: int, ok: bool) -> None:
+        """A write was acknowledged, or failed together with its peer."""
+        out = self._by_write.pop(write_id, None)
+        if out is None:
+            return
+        out.in_flight.discard(write_id)
+        if not out.in_flight:
+            out.busy_s += time.monotonic() - out.flight_began
+            if ok and not out.closed and out.all_sent():
+                self._delivered(out)
+        self._finish_if_done(out)
+
+    def on_peer_lost(self, peer: Peer) -> None:
+        """The peer is fenced: what was meant for it needs no write any more."""
+        self._early = {t: e for t, e in self._early.items() if e[0] is not peer}
+        for out in list(self._by_transfer.values()):
+            if out.target is not None and out.target.peer is peer:
+                self._drop(out.transfer_id, "its decode engine is gone")
+
+    def tick(self, now: float) -> None:
+        """End leases: blocks are never held for a decode engine that does not come."""
+        for out in list(self._by_transfer.values()):
+            if out.target is None and out.end is not None and out.lease_until <= now:
+                logger.warning(
+                    "transfer %s: no REGISTER within the lease of %.0f s, blocks released",
+                    out.transfer_id, self._settings.lease_s,
+                )  # fmt: skip
+                self._drop(out.transfer_id, "its lease ran out")
+
+    # One transfer
+
+    def _begin(self, req_id: str, transfer_id: str, prompt_tokens: int) -> Outgoing:
+        out = Outgoing(req_id, transfer_id, prompt_tokens, self._layout)
+        self._by_request[req_id] = self._by_transfer[transfer_id] = out
+        ended = self._ended.get(transfer_id)
+        if ended is not None:
+            out.closed = True
+        elif (early := self._early.pop(transfer_id, None)) is not None:
+            self._register(*early)
+        return out
+
+    def _register(self, peer: Peer, message: Register) -> None:
+        out = self._by_transfer.get(message.transfer_id)
+        reason = self._ended.get(message.transfer_id)
+        if reason is None and out is None:
+            self._early[message.transfer_id] = (peer, message)
+            return
+        if reason is None and out is not None:
+            reason = self._aim(out, peer, message)
+        if reason is not None:
+            self._peers.send(peer, Refused(message.epoch, reason))
+
+    def _aim(self, out: Outgoing, peer: Peer, message: Register) -> str | None:
+        """Accept a REGISTER and send what is final already; returns why it is refused."""
+        if out.target is not None:
+            return "another decode engine registered for this transfer first"
+        if out.prompt_tokens != message.prompt_tokens:
+            return (
+                f"the prompt has {out.prompt_tokens} tokens here and {message.prompt_tokens} at "
+                "decode: different requests or tokenizers"
+            )
+        try:
+            out.set_target(peer, message.epoch, message.block_ids, time.monotonic())
+        except ValueError as error:
+            return str(error)
+        self._flush(out, range(len(self._layout.layers)))
+        return None
+
+    def _flush(self, out: Outgoing, layers: Iterable[int]) -> None:
+        writes = out.take_writes(layers)
+        if writes is None:
+            return
+        assert out.target is not None
+        target = out.target
+        if self._settings.checksum:
+            self._send_checksums(out, writes)
+        try:
+            self._post(out, target.peer, writes)
+        except ValueError as error:
+            # Block ids outside decode's memory: a wrong REGISTER must not end this engine.
+            self._refuse(out, f"write to {target.peer.worker}: {error}")
+            return
+        if out.all_sent() and not out.signalled:
+            out.signalled = True
+            self._engine.signal(target.peer.native, target.epoch)
+
+    def _post(self, out: Outgoing, peer: Peer, writes: PageWrites) -> None:
+        write_id = self._engine.write(peer.native, writes.source, writes.destination, writes.nbytes)
+        if not out.in_flight:
+            out.flight_began = time.monotonic()
+        out.in_flight.add(write_id)
+        self._by_write[write_id] = out
+        self._stats.add("bytes", int(writes.nbytes.sum()))
+        self._stats.add("descriptors", len(writes.nbytes))
+
+    def _send_checksums(self, out: Outgoing, writes: PageWrites) -> None:
+        assert out.target is not None
+        sums = _native.checksum(writes.source, writes.nbytes)
+        message = Checksums(
+            epoch=out.target.epoch,
+            addresses=writes.destination.tobytes(),
+            sizes=writes.nbytes.tobytes(),
+            sums=sums.tobytes(),
+            total_pages=out.pages_posted if out.all_sent() else 0,
+        )
+        self._peers.send(out.target.peer, message)
+
+    def _delivered(self, out: Outgoing) -> None:
+        now = time.monotonic()
+        visible_from = max(out.target_at, out.computed_at or now)
+        self._stats.add("transfers", 1)
+        self._stats.add("busy_seconds", out.busy_s)
+        self._stats.add("exposed_seconds", min(out.busy_s, max(0.0, now - visible_from)))
+        self._close(out, "it was delivered")
+
+    def _prefill_ended(self, end: PrefillEnd) -> None:
+        out = self._by_request.get(end.req_id)
+        if out is None or not end.held:
+            self._refuse_unknown(end)
+            return
+        out.end = end
+        out.lease_until = time.monotonic() + self._settings.lease_s
+        if not end.complete:
+            self._refuse(out, "prefill was aborted")
+        self._finish_if_done(out)
+
+    def _refuse_unknown(self, end: PrefillEnd) -> None:
+        """A request that never ran: whoever waits for it must not wait for the deadline."""
+        self._remember(end.transfer_id, "prefill was aborted")
+        early = self._early.pop(end.transfer_id, None)
+        if early is not None:
+            self._peers.send(early[0], Refused(early[1].epoch, "prefill was aborted"))
+
+    def _refuse(self, out: Outgoing, reason: str) -> None:
+        if not out.closed:
+            out.refusal = reason
+            self._close(out, reason)
+
+    def _cancel(self, peer: Peer, message: Cancel) -> None:
+        self._early.pop(message.transfer_id, None)
+        out = self._by_transfer.get(message.transfer_id)
+        if out is None or out.target is None or out.target.epoch != message.epoch:
+            self._remember(message.transfer_id, "decode cancelled it")
+            self._peers.send(peer, Cancelled(message.epoch))
+            if out is not None and out.target is None:
+                self._close(out, "decode cancelled it")
+                self._finish_if_done(out)
+            return
+        out.cancelled_epoch = message.epoch
+        self._close(out, "decode cancelled it")
+        self._finish_if_done(out)
+
+    def _drop(self, transfer_id: str, reason: str) -> None:
+        self._remember(transfer_id, reason)
+        if (out := self._by_transfer.get(transfer_id)) is not None:
+            self._close(out, reason)
+            self._finish_if_done(out)
+
+    def _close(self, out: Outgoing, reason: str) -> None:
+        out.closed = True
+        self._remember(out.transfer_id, reason)
+
+    def _finish_if_done(self, out: Outgoing) -> None:
+        """Answer and let go, once nothing is posted or in flight for this transfer."""
+        if not out.closed or out.in_flight:
+            return
+        if out.target is not None and out.refusal is not None:
+            self._stats.add("transfers_failed", 1)
+            self._peers.send(out.target.peer, Refused(out.target.epoch, out.refusal))
+            out.refusal = None
+        if out.target is not None and out.cancelled_epoch is not None:
+            self._peers.send(out.target.peer, Cancelled(out.cancelled_epoch))
+            out.cancelled_epoch = None
+        if out.end is not None:
+            del self._by_request[out.req_id]
+            self._by_transfer.pop(out.transfer_id, None)
+            self._finished.add(out.req_id)
+
+    def _remember(self, transfer_id: str, reason: str) -> None:
+        self._ended[transfer_id] = reason
+        if len(self._ended) > MAX_REMEMBERED_ENDS:
+            self._ended.popitem(last=False)
