@@ -20,13 +20,13 @@ using Token = std::array<std::uint8_t, 16>;
 
 /// What a peer must know to connect to one endpoint of this engine.
 struct EndpointDescriptor {
-  std::string backend;
+  std::string backend = {};
   std::uint64_t incarnation = 0;
   Token token{};
-  std::string host;  ///< Numeric address of the engine's listening socket.
+  std::string host = {};  ///< Numeric address of the engine's listening socket.
   std::uint16_t port = 0;
   std::uint8_t lanes = 0;  ///< Data connections that this side wants; the smaller number wins.
-  Bytes blob;              ///< The backend's part.
+  Bytes blob = {};              ///< The backend's part.
 
   [[nodiscard]] Bytes encode() const;
   /// @throw FormatError naming what is wrong.

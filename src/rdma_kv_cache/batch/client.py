@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import email.utils
 import json
+import math
 import random
 import time
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 BACKOFF_FIRST_S = 0.5
 BACKOFF_MAX_S = 15.0
 RETRY_AFTER_MAX_S = 60.0
+# The first request finds a server that is up, or a wrong URL.
+FIRST_CONTACT_S = 10.0
 # A 500 is mostly the request's own doing; 429, 502, 503 and 504 tell of the server's state.
 MAX_ATTEMPTS_ON_500 = 4
 _PASSING = {429, 500, 502, 503, 504}
@@ -68,42 +71,41 @@ class Client:
         ServerGoneError if the server gave no answer to any request in all that time.
         """
         attempt = 0
-        deadline = None
+        first_failure = 0.0
         while True:
             outcome, retry_after_s = await self._attempt(request)
             attempt += 1
             if not outcome.retryable:
                 return outcome
             now = time.monotonic()
-            deadline = deadline or now + self._retry_deadline_s
+            first_failure = first_failure or now
             pause = retry_after_s if retry_after_s is not None else _backoff(attempt)
             spent = outcome.status == 500 and attempt >= MAX_ATTEMPTS_ON_500
-            if spent or now + pause > deadline:
-                self._check_server(outcome, now)
+            if spent or now + pause > first_failure + self._retry_deadline_s:
+                if outcome.status is None and self._last_answer < first_failure:
+                    silence = f"has not answered for {now - self._last_answer:.0f} s"
+                    raise ServerGoneError(f"{self._base_url} {silence} ({outcome.error})")
                 return outcome
             await asyncio.sleep(pause)
 
     async def served_model(self) -> str:
         """Return the id of the first model that the server lists. Raises BatchError."""
         url = f"{self._base_url}/v1/models"
-        deadline = time.monotonic() + self._retry_deadline_s
+        deadline = time.monotonic() + min(FIRST_CONTACT_S, self._retry_deadline_s)
         attempt = 0
         while True:
             attempt += 1
             try:
                 async with self._session.get(url, timeout=self._timeout) as response:
-                    if response.status == 200:
-                        self._last_answer = time.monotonic()
-                        return str((await response.json())["data"][0]["id"])
-                    problem = f"HTTP {response.status} {(await response.text())[:200]}"
-                    if response.status not in _PASSING:
-                        raise BatchError(f"GET {url}: {problem}.{_remedy(response.status)}")
+                    data = await response.read()
             except (aiohttp.ClientError, asyncio.TimeoutError) as error:
                 problem = _describe(error)
-            except (ValueError, LookupError, TypeError) as error:
-                if isinstance(error, BatchError):
-                    raise
-                raise BatchError(f"GET {url}: not an OpenAI model list: {error!r}.") from error
+            else:
+                if response.status == 200:
+                    return _first_model(url, data)
+                problem = f"HTTP {response.status} {data[:200].decode(errors='replace')}"
+                if response.status not in _PASSING:
+                    raise BatchError(f"GET {url}: {problem}.{_remedy(response.status)}")
             pause = _backoff(attempt)
             if time.monotonic() + pause > deadline:
                 raise BatchError(f"GET {url}: {problem}. Is the server up and the URL right?")
@@ -130,16 +132,9 @@ class Client:
         outcome = Outcome(response.status, body, request_id, retryable=passing)
         return outcome, _retry_after(response.headers) if passing else None
 
-    def _check_server(self, outcome: Outcome, now: float) -> None:
-        silence = now - self._last_answer
-        if outcome.status is None and silence >= self._retry_deadline_s / 2:
-            raise ServerGoneError(
-                f"{self._base_url} has not answered for {silence:.0f} s ({outcome.error})"
-            )
-
 
 def _backoff(attempt: int) -> float:
-    longest = min(BACKOFF_MAX_S, BACKOFF_FIRST_S * 2 ** min(attempt - 1, 10))
+    longest = min(BACKOFF_MAX_S, BACKOFF_FIRST_S * 2.0 ** min(attempt - 1, 10))
     return longest * random.uniform(0.5, 1.0)
 
 
@@ -155,7 +150,14 @@ def _retry_after(headers: Mapping[str, str]) -> float | None:
             seconds = email.utils.parsedate_to_datetime(text).timestamp() - time.time()
         except (ValueError, TypeError):
             return None
-    return min(max(seconds, 0.0), RETRY_AFTER_MAX_S) if seconds == seconds else None
+    return None if math.isnan(seconds) else min(max(seconds, 0.0), RETRY_AFTER_MAX_S)
+
+
+def _first_model(url: str, data: bytes) -> str:
+    try:
+        return str(json.loads(data)["data"][0]["id"])
+    except (ValueError, LookupError, TypeError) as error:
+        raise BatchError(f"GET {url}: not an OpenAI model list: {data[:80]!r}.") from error
 
 
 def _describe(error: BaseException) -> str:

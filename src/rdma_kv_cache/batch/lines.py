@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, cast
 from rdma_kv_cache.batch.errors import BatchError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 URLS = ("/v1/chat/completions", "/v1/completions")
@@ -68,12 +68,8 @@ def open_binary(path: Path, mode: str) -> BinaryIO:
 def scan(path: Path) -> InputInfo:
     """Read the whole prompt file once. Raises BatchError if it cannot be read or is empty."""
     digest = hashlib.sha256()
-    lines = 0
     try:
-        with open_binary(path, "rb") as file:
-            while chunk := file.readline(MAX_LINE_BYTES):
-                digest.update(chunk)
-        lines = sum(1 for _ in _numbered(path))
+        lines = sum(1 for _ in _numbered(path, digest.update))
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise BatchError(f"{path}: not a whole gzip file ({error}). Compress it again.") from error
     except OSError as error:
@@ -91,25 +87,27 @@ def read_requests(path: Path) -> Iterator[Request | Rejected]:
         try:
             content = _parse(data)
             custom_id = _custom_id(content)
-            first = first_use.setdefault(custom_id, number)
-            if first != number:
-                raise _LineError(
-                    "duplicate_custom_id", f"custom_id {custom_id!r} is already used by line {first}"
-                )
+            _check_first_use(custom_id, number, first_use)
             yield Request(number, custom_id, _url(content), _body(content))
         except _LineError as error:
             yield Rejected(number, custom_id, error.code, str(error))
 
 
-def _numbered(path: Path) -> Iterator[tuple[int, bytes | None]]:
-    """Yield (line number, bytes) of non-blank lines; None stands for a line that is too long."""
+def _numbered(
+    path: Path, on_data: Callable[[bytes], object] = len
+) -> Iterator[tuple[int, bytes | None]]:
+    """Yield (line number, bytes) of non-blank lines; None stands for a line that is too long.
+
+    `on_data` sees every byte of the file.
+    """
     with open_binary(path, "rb") as file:
         number = 0
         while data := file.readline(MAX_LINE_BYTES):
             number += 1
+            on_data(data)
             if len(data) == MAX_LINE_BYTES and not data.endswith(b"\n"):
-                while (rest := file.readline(MAX_LINE_BYTES)) and not rest.endswith(b"\n"):
-                    pass
+                while not data.endswith(b"\n") and (data := file.readline(MAX_LINE_BYTES)):
+                    on_data(data)
                 yield number, None
             elif data := data.removeprefix(b"\xef\xbb\xbf").strip():
                 yield number, data
@@ -121,7 +119,9 @@ def _parse(data: bytes | None) -> dict[str, Any]:
     try:
         content = json.loads(data.decode("utf-8"), parse_constant=_refuse_constant)
     except UnicodeDecodeError as error:
-        raise _LineError("invalid_json", f"not UTF-8: {error.reason} at byte {error.start}") from None
+        raise _LineError(
+            "invalid_json", f"not UTF-8: {error.reason} at byte {error.start}"
+        ) from None
     except RecursionError:
         raise _LineError("invalid_json", "nested too deeply") from None
     except ValueError as error:
@@ -136,7 +136,7 @@ def _refuse_constant(name: str) -> None:
 
 
 def _custom_id(content: dict[str, Any]) -> str:
-    custom_id = _field(content, "custom_id", str)
+    custom_id: str = _field(content, "custom_id", str)
     if not 0 < len(custom_id) <= MAX_CUSTOM_ID_CHARS:
         raise _LineError(
             "invalid_custom_id",
@@ -145,11 +145,19 @@ def _custom_id(content: dict[str, Any]) -> str:
     return custom_id
 
 
+def _check_first_use(custom_id: str, number: int, first_use: dict[str, int]) -> None:
+    first = first_use.setdefault(custom_id, number)
+    if first != number:
+        raise _LineError(
+            "duplicate_custom_id", f"custom_id {custom_id!r} is already used by line {first}"
+        )
+
+
 def _url(content: dict[str, Any]) -> str:
-    method = _field(content, "method", str)
+    method: str = _field(content, "method", str)
     if method != "POST":
         raise _LineError("invalid_method", f"method is {method!r}, only 'POST' is supported")
-    url = _field(content, "url", str)
+    url: str = _field(content, "url", str)
     if url not in URLS:
         raise _LineError("invalid_url", f"url is {url!r}, supported are {' and '.join(URLS)}")
     return url

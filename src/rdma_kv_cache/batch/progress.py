@@ -12,7 +12,7 @@ import errno
 import fcntl
 import json
 import os
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, TypedDict, cast
 
 import msgspec
 
@@ -30,11 +30,11 @@ class Fingerprint(msgspec.Struct, frozen=True, tag="rdma-kv batch progress 1"):
     model: str
 
 
-class _Entry(msgspec.Struct):
+class _Entry(TypedDict):
     line: int
     ok: bool
     retryable: bool
-    result: msgspec.Raw
+    result: dict[str, Any]
 
 
 def progress_path(out: Path) -> Path:
@@ -58,7 +58,8 @@ def check_input(out: Path, input_sha256: str) -> None:
 class Progress:
     """An open progress file, locked against a second run.
 
-    `failed` and `retryable` are line numbers; a retryable line of an earlier run is pending again.
+    `failed` and `retryable` are line numbers. A line whose failure may pass is retryable; when the
+    file is opened again such a line is pending.
     """
 
     def __init__(self, path: Path, fingerprint: Fingerprint, *, restart: bool = False) -> None:
@@ -79,25 +80,20 @@ class Progress:
         except BaseException:
             self._file.close()
             raise
-        self.done_before = len(self._offsets) - len(self.retryable)
+        self.done_before = len(self._offsets)
 
     def pending(self, line: int) -> bool:
-        """Whether `line` has no final result yet."""
-        return line not in self._offsets or line in self.retryable
+        """Whether `line` has no result yet."""
+        return line not in self._offsets
 
     @property
     def done(self) -> int:
-        """Lines that have a final result."""
-        return len(self._offsets) - len(self.retryable)
-
-    @property
-    def recorded(self) -> int:
-        """Lines that have any result; one that failed for a passing reason counts."""
+        """How many lines have a result, good or bad."""
         return len(self._offsets)
 
     def append(self, line: int, result: dict[str, Any], *, ok: bool, retryable: bool) -> None:
         """Record the output line `result`. It survives a kill at once, a power cut after sync."""
-        entry = {"line": line, "ok": ok, "retryable": retryable, "result": result}
+        entry = _Entry(line=line, ok=ok, retryable=retryable, result=result)
         self._note(line, self._end, ok=ok, retryable=retryable)
         self._write(json.dumps(entry).encode())
 
@@ -112,18 +108,20 @@ class Progress:
             with open_binary(temporary, "wb") as file:
                 for line in sorted(self._offsets):
                     self._file.seek(self._offsets[line])
-                    entry = msgspec.json.decode(self._file.readline(), type=_Entry)
-                    file.write(bytes(entry.result) + b"\n")
+                    entry: _Entry = json.loads(self._file.readline())
+                    file.write(json.dumps(entry["result"]).encode() + b"\n")
             with temporary.open("rb") as written:
                 os.fsync(written.fileno())
             temporary.replace(out)
         finally:
             temporary.unlink(missing_ok=True)
 
-    def close(self, *, remove: bool = False) -> None:
-        """Close the file; `remove` deletes it, for when the output file holds everything."""
-        if remove:
-            self.path.unlink()
+    def remove(self) -> None:
+        """Delete the file, when the output file holds everything."""
+        self.path.unlink()
+
+    def close(self) -> None:
+        """Close the file, which also ends the lock."""
         self._file.close()
 
     def _lock(self) -> None:
@@ -147,17 +145,20 @@ class Progress:
         if (found := _fingerprint(self.path, head)) != fingerprint:
             if found.input_sha256 != fingerprint.input_sha256:
                 raise _mismatch(self.path, "other prompts (their SHA-256 differs)")
-            raise _mismatch(self.path, f"model {found.model!r}, this run uses {fingerprint.model!r}")
+            raise _mismatch(
+                self.path, f"model {found.model!r}, this run uses {fingerprint.model!r}"
+            )
         end = len(head)
         for data in self._file:
-            try:
-                entry = msgspec.json.decode(data, type=_Entry) if data.endswith(b"\n") else None
-            except (msgspec.DecodeError, UnicodeDecodeError):
-                entry = None
+            entry = _entry(data)
             if entry is None:
                 break
-            self._note(entry.line, end, ok=entry.ok, retryable=entry.retryable)
+            self._note(entry["line"], end, ok=entry["ok"], retryable=entry["retryable"])
             end += len(data)
+        for line in self.retryable:
+            del self._offsets[line]
+            self.failed.discard(line)
+        self.retryable.clear()
         self.dropped_bytes = self.path.stat().st_size - end
         return end
 
@@ -174,6 +175,19 @@ class Progress:
         self._file.write(data + b"\n")
         self._file.flush()
         self._end += len(data) + 1
+
+
+def _entry(data: bytes) -> _Entry | None:
+    """Return the entry, None if `data` is not a whole one.
+
+    By the standard library, since msgspec refuses the lone surrogates that JSON may hold.
+    """
+    try:
+        entry = json.loads(data) if data.endswith(b"\n") else None
+    except ValueError:
+        return None
+    is_entry = isinstance(entry, dict) and entry.keys() == _Entry.__annotations__.keys()
+    return cast("_Entry", entry) if is_entry else None
 
 
 def _fingerprint(path: Path, head: bytes) -> Fingerprint:

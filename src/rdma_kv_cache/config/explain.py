@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel
 
 from rdma_kv_cache.config.errors import MISSING, Problem
+from rdma_kv_cache.config.keys import key_rows
 from rdma_kv_cache.config.schema import JobConfig
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
-    from pydantic.fields import FieldInfo
     from pydantic_core import ErrorDetails
 
     from rdma_kv_cache.config.layers import Layers
@@ -48,7 +48,9 @@ def _problem(
     if first["type"] == "missing":
         return Problem(source, dotted, "required, and not given", _remedy(key))
     message = ", or ".join(dict.fromkeys(_message(detail) for detail in details))
-    return Problem(source, dotted, message, _remedy(key), _value(first["input"]))
+    is_secret = dotted == "orchestrator.api_key"
+    value = MISSING if is_secret else _value(first["input"])
+    return Problem(source, dotted, message, _remedy(key), value)
 
 
 def _message(detail: ErrorDetails) -> str:
@@ -80,17 +82,12 @@ def _nearest(key: tuple[str, ...]) -> str:
 
 
 def _remedy(key: tuple[str, ...]) -> str:
-    field = _field(key)
-    if field is not None and field.description:
-        return f"{'.'.join(key[:2])}: {field.description}"
+    rows = {row.key: row for row in key_rows()}
+    if row := rows.get(".".join(key[:2])):
+        return f"Expected {row.type} ({row.description})"
     section = _sections().get(key[0])
     fields = section.model_fields if section else JobConfig.model_fields
     return f"Keys of {key[0]}: {', '.join(fields)}"
-
-
-def _field(key: tuple[str, ...]) -> FieldInfo | None:
-    section = _sections().get(key[0])
-    return section.model_fields.get(key[1]) if section and len(key) > 1 else None
 
 
 def _sections() -> dict[str, type[BaseModel]]:

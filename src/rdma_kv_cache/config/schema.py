@@ -30,7 +30,7 @@ def _whole_number_as_text(value: Any) -> Any:
 
 
 Bytes = Annotated[
-    int, BeforeValidator(_parse_bytes), Field(json_schema_extra={"format": "bytes, or '2GiB'"})
+    int, BeforeValidator(_parse_bytes), Field(json_schema_extra={"format": "byte size (e.g. 2MiB)"})
 ]
 # `- 8` and `THREADS: 0` are what people write for an argument or a variable.
 Text = Annotated[str, BeforeValidator(_whole_number_as_text)]

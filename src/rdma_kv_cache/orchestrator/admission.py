@@ -5,9 +5,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from rdma_kv_cache.orchestrator.errors import ApiError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 RETRY_AFTER_S = 1
 DRAIN_RETRY_AFTER_S = 30

@@ -6,14 +6,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import uuid
-from collections.abc import AsyncIterator
 from dataclasses import dataclass
-
-import aiohttp
+from typing import TYPE_CHECKING
 
 from rdma_kv_cache.orchestrator.bodies import Body, decode_body, prefill_body
-from rdma_kv_cache.orchestrator.engines import Engine
 from rdma_kv_cache.orchestrator.legs import Answer, Leg, failure
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    import aiohttp
+
+    from rdma_kv_cache.orchestrator.engines import Engine
 
 # Both engines check the body at about the same time. When prefill has refused it, decode's own
 # answer is preferred (its limits are the ones that matter), but not waited for much longer.

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from rdma_kv_cache.protocol.bootstrap import EngineHello
-from rdma_kv_cache.protocol.control import EngineState, Heartbeat
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from rdma_kv_cache.protocol.bootstrap import EngineHello
+    from rdma_kv_cache.protocol.control import EngineState, Heartbeat
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +38,7 @@ class Engine:
     state: EngineState = "STARTING"
     reason: str = ""
     restarts: int = 0
+    pid: int = 0
     peers_connected: int = 0
     peers_expected: int = 0
     last_heartbeat: float | None = None
@@ -118,7 +121,7 @@ class Registry:
     def heartbeat(self, engine: Engine, message: Heartbeat) -> None:
         """Take in a heartbeat; READY counts only for the announced, not condemned incarnation."""
         engine.last_heartbeat = time.monotonic()
-        engine.restarts = message.restarts
+        engine.restarts, engine.pid = message.restarts, message.pid
         if message.incarnation == engine.incarnation:
             engine.peers_connected = message.peers_connected
             engine.peers_expected = message.peers_expected

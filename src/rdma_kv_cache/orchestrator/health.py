@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
 from typing import TYPE_CHECKING
@@ -41,15 +40,21 @@ class Monitor:
         self._settings = job.orchestrator
         self._probe_timeout_s = job.rdma.transfer_timeout_s + self._settings.health_timeout_s
         self._probe_slots = asyncio.Semaphore(_CONCURRENT_PROBES)
+        self._proved = False
+        self._probes: dict[tuple[int, int], asyncio.Task[bool]] = {}
 
     async def run(self) -> None:
         """Watch until cancelled."""
-        await asyncio.gather(
-            self._every_heartbeat(self._check_silence),
-            self._every_heartbeat(self._check_health),
-            self._every_heartbeat(self._check_peers),
-            self._every_heartbeat(self._probe_new_pairs),
-        )
+        try:
+            await asyncio.gather(
+                self._every_heartbeat(self._check_silence),
+                self._every_heartbeat(self._check_health),
+                self._every_heartbeat(self._check_peers),
+                self._every_heartbeat(self._probe_new_pairs),
+            )
+        finally:
+            for task in list(self._probes.values()):
+                task.cancel()
 
     async def prove_pairs(self) -> None:
         """Serve a probe through every pair. Raises ProbeError after PROBE_ATTEMPTS at one pair."""
@@ -60,16 +65,15 @@ class Monitor:
                 for decode in self._registry.of_role("decode")
             )
         )
+        self._proved = True
 
     async def _prove(self, prefill: Engine, decode: Engine) -> None:
-        for number in range(1, PROBE_ATTEMPTS + 1):
-            try:
-                return await self._probe(prefill, decode)
-            except ProbeError as error:
-                log.warning("probe %d of %d: %s", number, PROBE_ATTEMPTS, error)
-                if number == PROBE_ATTEMPTS:
-                    raise
+        for number in range(1, PROBE_ATTEMPTS):
+            if await self._try_probe(prefill, decode):
+                return
+            log.info("probe %d of %d failed", number, PROBE_ATTEMPTS)
             await asyncio.sleep(self._settings.heartbeat_s)
+        await self._probe(prefill, decode)
 
     async def _probe(self, prefill: Engine, decode: Engine) -> None:
         incarnations = prefill.incarnation, decode.incarnation
@@ -131,29 +135,41 @@ class Monitor:
         ]
         if not short:
             return
-        hung = [e for e in await asyncio.gather(*map(self._find_hung, engines)) if e]
-        suspects = hung or [engine for engine in short if engine.role == "prefill"]
+        served = await asyncio.gather(*map(self._serves_alone, engines))
+        hung = [engine for engine, serves in zip(engines, served, strict=True) if not serves]
+        suspects = hung or [engine for engine in short if engine.role == "prefill"] or short
+        reason = "it does not serve a request" if hung else "its connection to a peer was lost"
         for engine in suspects:
             if engine.ready:
-                self._hub.restart(
-                    engine,
-                    "it does not serve a request" if engine in hung else "it lost a decode peer",
-                )
+                self._hub.restart(engine, reason)
 
-    async def _find_hung(self, engine: Engine) -> Engine | None:
+    async def _serves_alone(self, engine: Engine) -> bool:
         try:
             await serve_probe(self._session, None, engine, self._settings.health_timeout_s)
         except ProbeError as error:
             log.warning("%s", error)
-            return engine
-        return None
+            return False
+        return True
 
     async def _probe_new_pairs(self) -> None:
-        new = [
-            pair for pair in self._registry.connected_pairs() if not self._registry.has_served(*pair)
-        ]
-        await asyncio.gather(*(self._try_probe(*pair) for pair in new))
+        """Probe the pairs of restarted engines; each on its own, since one may hang."""
+        if not self._proved:
+            return
+        for prefill, decode in self._registry.connected_pairs():
+            if not self._registry.has_served(prefill, decode):
+                self._start_probe(prefill, decode)
 
-    async def _try_probe(self, prefill: Engine, decode: Engine) -> None:
-        with contextlib.suppress(ProbeError):
+    def _start_probe(self, prefill: Engine, decode: Engine) -> None:
+        pair = prefill.incarnation, decode.incarnation
+        if pair not in self._probes:
+            task = asyncio.ensure_future(self._try_probe(prefill, decode))
+            task.add_done_callback(lambda _task: self._probes.pop(pair, None))
+            self._probes[pair] = task
+
+    async def _try_probe(self, prefill: Engine, decode: Engine) -> bool:
+        try:
             await self._probe(prefill, decode)
+        except ProbeError as error:
+            log.warning("%s", error)
+            return False
+        return True

@@ -11,23 +11,25 @@ import asyncio
 import hmac
 import logging
 import secrets
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from aiohttp import WSCloseCode, WSMsgType, web
 
-from rdma_kv_cache.orchestrator.engines import Engine, Registry
+from rdma_kv_cache.protocol.bootstrap import PeerDown
 from rdma_kv_cache.protocol.codec import MAX_FRAME_BYTES, ProtocolError, sign, verify
 from rdma_kv_cache.protocol.control import (
     Announce,
     Attach,
     Challenge,
     Heartbeat,
-    PeerDown,
     Relay,
     Restart,
     Stop,
     ToHub,
 )
+
+if TYPE_CHECKING:
+    from rdma_kv_cache.orchestrator.engines import Engine, Registry
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +37,8 @@ ATTACH_TIMEOUT_S = 10.0
 # Messages that wait for an engine rank that is not attached: bundles and announcements of all
 # peers many times over. What does not fit means that the rank is gone.
 OUTBOX_MESSAGES = 1024
-_WS_REASON_BYTES = 120
+CLOSE_TIMEOUT_S = 1.0
+_WS_REASON_BYTES = 120  # RFC 6455: a control frame carries 125 bytes, 2 of them the code
 
 
 class Hub:
@@ -54,7 +57,7 @@ class Hub:
 
     async def handle(self, request: web.Request) -> web.WebSocketResponse:
         """Serve one engine rank until its connection ends."""
-        socket = web.WebSocketResponse(max_msg_size=MAX_FRAME_BYTES)
+        socket = web.WebSocketResponse(max_msg_size=MAX_FRAME_BYTES, timeout=CLOSE_TIMEOUT_S)
         await socket.prepare(request)
         engine: Engine | None = None
         writer: asyncio.Task[None] | None = None
@@ -81,10 +84,12 @@ class Hub:
 
     def restart(self, engine: Engine, reason: str) -> None:
         """Take the engine out of service and have its rank start vLLM again."""
+        if engine.name not in self._sockets:
+            self._registry.lose(engine, f"{reason}; its rank is not attached")
+            return
         log.warning("%s: restart: %s", engine.name, reason)
         self._registry.condemn(engine, reason)
-        if engine.name in self._sockets:
-            self._send(engine.name, Restart(reason))
+        self._send(engine.name, Restart(reason))
 
     async def stop_all(self, reason: str, timeout_s: float) -> list[str]:
         """Tell every rank to stop; return the engines still attached after `timeout_s`."""
@@ -121,8 +126,8 @@ class Hub:
             )
         self._take_identity(engine, Announce(attach.hello, attach.url))
         if engine.incarnation == engine.condemned:
-            # Its peers have closed their endpoints to this incarnation.
-            self._send(engine.name, Restart(f"was out of service: {engine.reason}"))
+            # Whether its Restart reached it is unknown; its first heartbeat will tell.
+            self._registry.lose(engine, engine.reason)
         log.info("%s attached from %s at %s", engine.name, attach.hello.host, attach.url)
         return engine
 
@@ -130,7 +135,7 @@ class Hub:
         async for frame in socket:
             if frame.type is not WSMsgType.BINARY:
                 raise ProtocolError(f"{engine.name} sent {frame.type.name}, expected BINARY")
-            message = verify(frame.data, self._secret, ToHub)
+            message: Any = verify(frame.data, self._secret, ToHub)
             self._dispatch(engine, message)
 
     def _dispatch(self, engine: Engine, message: Any) -> None:
@@ -146,8 +151,15 @@ class Hub:
             raise ProtocolError(f"{engine.name} sent a message of {sender!r}")
         if isinstance(message, Heartbeat):
             self._registry.heartbeat(engine, message)
+            self._revive(engine, message)
         else:
             self._take_identity(engine, message)
+
+    def _revive(self, engine: Engine, message: Heartbeat) -> None:
+        """Restart a lost engine that is heard again: its peers closed their endpoints to it."""
+        is_condemned = engine.incarnation == message.incarnation == engine.condemned
+        if is_condemned and engine.state == "LOST" and message.state == "READY":
+            self.restart(engine, f"back after it was lost: {engine.reason}")
 
     def _take_identity(self, engine: Engine, message: Announce) -> None:
         """Note who the engine is now, and tell the other role when it is a new incarnation."""

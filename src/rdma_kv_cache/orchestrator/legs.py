@@ -6,13 +6,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import aiohttp
 
-from rdma_kv_cache.orchestrator.engines import Engine
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from rdma_kv_cache.orchestrator.engines import Engine
 
 CONNECT_TIMEOUT_S = 5.0
 # Uvicorn closes idle connections after 5 s; reusing one at that moment loses the request.

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import aiohttp
@@ -15,6 +14,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
     from rdma_kv_cache.orchestrator.admission import Admission
     from rdma_kv_cache.orchestrator.engines import Engine, Registry
 

@@ -5,16 +5,27 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import aiohttp
+import msgspec
 
 from rdma_kv_cache.orchestrator.bodies import COMPLETIONS
 from rdma_kv_cache.orchestrator.dispatch import attempt
-from rdma_kv_cache.orchestrator.engines import Engine
 from rdma_kv_cache.orchestrator.legs import LegError
 
+if TYPE_CHECKING:
+    from rdma_kv_cache.orchestrator.engines import Engine
+
 MODELS_TIMEOUT_S = 5.0
+
+
+class _Model(msgspec.Struct):
+    id: str
+
+
+class _Models(msgspec.Struct):
+    data: Annotated[list[_Model], msgspec.Meta(min_length=1)]
 
 
 class ProbeError(Exception):
@@ -39,7 +50,7 @@ async def serve_probe(
         }
         async with attempt(session, COMPLETIONS, body, prefill, decode, timeout_s) as running:
             answer = running.answer
-    except (LegError, aiohttp.ClientError, asyncio.TimeoutError, OSError, LookupError) as error:
+    except (LegError, aiohttp.ClientError, asyncio.TimeoutError, OSError, ValueError) as error:
         raise ProbeError(f"{who} did not serve a probe: {error!r}") from error
     if answer.status != 200:
         text = answer.body[:300].decode("utf-8", "replace")
@@ -50,5 +61,5 @@ async def _served_model(session: aiohttp.ClientSession, engine: Engine) -> str:
     timeout = aiohttp.ClientTimeout(total=MODELS_TIMEOUT_S)
     async with session.get(engine.url + "/v1/models", timeout=timeout) as response:
         response.raise_for_status()
-        models = await response.json()
-    return str(models["data"][0]["id"])
+        models = msgspec.json.decode(await response.read(), type=_Models)
+    return models.data[0].id

@@ -7,7 +7,6 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from aiohttp import web
@@ -25,6 +24,8 @@ from rdma_kv_cache.orchestrator.legs import LegError
 from rdma_kv_cache.orchestrator.policy import POLICIES
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import aiohttp
 
     from rdma_kv_cache.config import OrchestratorConfig
@@ -71,7 +72,7 @@ class Router:
             remaining = deadline - time.monotonic()
             if remaining <= 0:
                 break
-            with_prefill = disaggregate and (number == 1 or number < MAX_ATTEMPTS)
+            with_prefill = disaggregate and number < MAX_ATTEMPTS
             prefill, decode = self._choose(failed, with_prefill)
             self._metrics.dispatches.labels("pair" if prefill else "decode_only").inc()
             try:
@@ -120,7 +121,9 @@ class Router:
     def unready_reason(self) -> str:
         """Say why no decode engine can be used."""
         engines = self._registry.of_role("decode")
-        states = [f"{e.name} is {e.state}" + (f" ({e.reason})" if e.reason else "") for e in engines]
+        states = [
+            f"{e.name} is {e.state}" + (f" ({e.reason})" if e.reason else "") for e in engines
+        ]
         return "no decode engine is READY: " + ", ".join(states)
 
     def _pick(self, engines: Sequence[Engine]) -> Engine:

@@ -1,0 +1,48 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <pybind11/numpy.h>
+#include <pybind11/stl.h>
+
+#include "backends/backends.h"
+#include "bindings.h"
+#include "columns.h"
+#include "core/checksum.h"
+
+namespace py = pybind11;
+
+namespace rkv::python {
+namespace {
+
+py::array_t<std::uint64_t> checksum(const Column& addresses, const Column& nbytes) {
+  const auto address = column_span(addresses, "addresses");
+  const auto length = column_span(nbytes, "nbytes");
+  if (address.size() != length.size()) {
+    throw std::invalid_argument("checksum(): addresses and nbytes differ in length");
+  }
+  for (std::size_t i = 0; i < length.size(); ++i) {
+    if (length[i] < 0 || (address[i] == 0 && length[i] > 0)) {
+      throw std::invalid_argument("checksum(): row " + std::to_string(i) + " is no memory");
+    }
+  }
+  py::array_t<std::uint64_t> sums(static_cast<py::ssize_t>(address.size()));
+  std::uint64_t* sum = sums.mutable_data();
+  const py::gil_scoped_release release;
+  for (std::size_t i = 0; i < address.size(); ++i) {
+    const auto* data = reinterpret_cast<const void*>(static_cast<std::uintptr_t>(address[i]));
+    sum[i] = checksum64(data, static_cast<std::size_t>(length[i]));
+  }
+  return sums;
+}
+
+}  // namespace
+
+void register_tools(py::module_& module) {
+  module.def("probe_backends", &probe_backends, py::call_guard<py::gil_scoped_release>(),
+             "What this host offers to each backend, best first.");
+  module.def("checksum", &checksum, py::arg("addresses").noconvert(),
+             py::arg("nbytes").noconvert(),
+             "XXH64 (seed 0) of each range of this process's memory.\n\n"
+             "Two int64 arrays of shape (n,): addresses and bytes; returns uint64 of shape (n,). "
+             "The memory must be mapped: addresses are not checked.");
+}
+
+}  // namespace rkv::python

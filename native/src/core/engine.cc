@@ -1,0 +1,267 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "core/engine.h"
+
+#include <future>
+#include <stdexcept>
+#include <utility>
+
+#include "core/coalesce.h"
+#include "core/error.h"
+
+namespace rkv {
+namespace {
+
+/// The progress thread never blocks, so an answer takes microseconds; registering memory may pin
+/// pages for seconds.
+constexpr std::chrono::seconds kAnswerTimeout{60};
+
+}  // namespace
+
+Engine::Engine(const EngineConfig& config, std::uint64_t incarnation,
+               std::unique_ptr<Backend> backend)
+    : config_(config),
+      incarnation_(incarnation),
+      progress_(config, incarnation, std::move(backend), events_,
+                [this](PeerId peer, const std::string& reason) {
+                  const std::lock_guard lock(mutex_);
+                  const auto found = peers_.find(peer);
+                  if (found != peers_.end()) found->second.lost_reason = reason;
+                }) {
+  if (incarnation == 0) throw std::invalid_argument("incarnation is 0; it must not be");
+  progress_.start();
+}
+
+Engine::~Engine() { close(); }
+
+void Engine::post(EventLoop::Command command) {
+  if (closed_) throw std::runtime_error("the engine is closed");
+  progress_.loop().post(std::move(command));
+}
+
+template <class Function>
+auto Engine::ask(const char* call, Function function) {
+  using Answer = decltype(function());
+  auto task = std::make_shared<std::packaged_task<Answer()>>(std::move(function));
+  std::future<Answer> answer = task->get_future();
+  {
+    const std::lock_guard lock(mutex_);
+    post([task] { (*task)(); });
+  }
+  if (answer.wait_for(kAnswerTimeout) != std::future_status::ready) {
+    throw std::runtime_error(std::string(call) + ": the progress thread gave no answer for " +
+                             std::to_string(kAnswerTimeout.count()) + " s");
+  }
+  return answer.get();
+}
+
+Engine::PeerEntry& Engine::find_peer(PeerId peer, const char* call) {
+  const auto found = peers_.find(peer);
+  if (found == peers_.end()) {
+    throw std::invalid_argument(std::string(call) + ": no peer " + std::to_string(peer) +
+                                "; it was closed, or is another engine's");
+  }
+  return found->second;
+}
+
+Engine::PeerEntry& Engine::find_usable_peer(PeerId peer, const char* call) {
+  PeerEntry& entry = find_peer(peer, call);
+  if (!entry.lost_reason.empty()) {
+    throw std::runtime_error(std::string(call) + ": " + entry.lost_reason +
+                             "; close it and create a new endpoint");
+  }
+  if (!entry.connecting) {
+    throw std::runtime_error(std::string(call) + ": peer " + entry.label +
+                             ": connect() was not called");
+  }
+  return entry;
+}
+
+RegisteredMemory Engine::register_memory(MemoryRange range) {
+  if (range.address == 0 || range.nbytes == 0 || range.nbytes > UINT64_MAX - range.address) {
+    throw std::invalid_argument("register_memory(): ptr " + std::to_string(range.address) +
+                                " with nbytes " + std::to_string(range.nbytes) + " is no memory");
+  }
+  RegionId id = 0;
+  {
+    const std::lock_guard lock(mutex_);
+    id = next_region_++;
+  }
+  Bytes blob = ask("register_memory()",
+                   [this, id, range] { return progress_.register_memory(id, range); });
+  {
+    const std::lock_guard lock(mutex_);
+    local_regions_ = std::make_shared<RegionIndex>(local_regions_->with({id, range}));
+  }
+  const MemoryDescriptor descriptor{.backend = std::string(backend()),
+                                    .incarnation = incarnation_,
+                                    .range = range,
+                                    .blob = std::move(blob)};
+  return {id, range, descriptor.encode()};
+}
+
+void Engine::deregister_memory(RegionId region) {
+  {
+    const std::lock_guard lock(mutex_);
+    if (closed_) return;
+    local_regions_ = std::make_shared<RegionIndex>(local_regions_->without(region));
+  }
+  ask("LocalMemory.close()", [this, region] { progress_.deregister_memory(region); });
+}
+
+CreatedEndpoint Engine::create_endpoint(const std::string& label) {
+  EndpointDescriptor descriptor{.backend = std::string(backend()),
+                                .incarnation = incarnation_,
+                                .token = random_token(),
+                                .host = progress_.address().host,
+                                .port = progress_.address().port,
+                                .lanes = progress_.lanes()};
+  PeerId peer = 0;
+  {
+    const std::lock_guard lock(mutex_);
+    peer = next_peer_++;
+    peers_[peer] = {.label = label, .token = descriptor.token};
+  }
+  descriptor.blob = ask("create_endpoint()", [this, peer, label, token = descriptor.token] {
+    return progress_.create_endpoint(peer, label, token);
+  });
+  return {peer, descriptor.encode()};
+}
+
+EndpointDescriptor Engine::decode_endpoint(std::string_view bytes) const {
+  EndpointDescriptor descriptor;
+  try {
+    descriptor = EndpointDescriptor::decode(bytes);
+  } catch (const FormatError& error) {
+    throw FormatError(std::string("connect(): the descriptor is ") + error.what());
+  }
+  if (descriptor.backend != backend()) {
+    throw FormatError("connect(): the descriptor is of backend '" + descriptor.backend +
+                      "', this engine's is '" + std::string(backend()) + "'");
+  }
+  if ((descriptor.lanes == 0) != (progress_.lanes() == 0)) {
+    throw FormatError("connect(): the descriptor offers " + std::to_string(descriptor.lanes) +
+                      " data lanes");
+  }
+  return descriptor;
+}
+
+std::vector<Bytes> Engine::decode_memory(const std::vector<Bytes>& memory,
+                                         std::uint64_t incarnation,
+                                         std::vector<RegionIndex::Region>& regions) const {
+  std::vector<Bytes> blobs;
+  for (const Bytes& bytes : memory) {
+    const std::string name = "connect(): memory descriptor " + std::to_string(blobs.size());
+    MemoryDescriptor descriptor;
+    try {
+      descriptor = MemoryDescriptor::decode(bytes);
+    } catch (const FormatError& error) {
+      throw FormatError(name + " is " + error.what());
+    }
+    if (descriptor.backend != backend()) {
+      throw FormatError(name + " is of backend '" + descriptor.backend + "'");
+    }
+    if (descriptor.incarnation != incarnation) {
+      throw FormatError(name + " is of incarnation " + std::to_string(descriptor.incarnation) +
+                        ", the endpoint of incarnation " + std::to_string(incarnation));
+    }
+    regions.push_back({static_cast<RegionId>(blobs.size()), descriptor.range});
+    blobs.push_back(std::move(descriptor.blob));
+  }
+  return blobs;
+}
+
+void Engine::connect(PeerId peer, std::string_view descriptor, const std::vector<Bytes>& memory) {
+  const EndpointDescriptor remote = decode_endpoint(descriptor);
+  std::vector<RegionIndex::Region> regions;
+  std::vector<Bytes> blobs = decode_memory(memory, remote.incarnation, regions);
+  const std::lock_guard lock(mutex_);
+  PeerEntry& entry = find_peer(peer, "connect()");
+  if (entry.connecting) {
+    throw std::runtime_error("connect(): peer " + entry.label + ": already called");
+  }
+  if (entry.token == remote.token) {
+    throw FormatError("connect(): the descriptor is this endpoint's own");
+  }
+  post([this, peer, remote, blobs = std::move(blobs)]() mutable {
+    progress_.connect(peer, remote, std::move(blobs));
+  });
+  entry.connecting = true;
+  entry.remote_regions = std::make_shared<RegionIndex>(std::move(regions));
+}
+
+TransferId Engine::write(PeerId peer, std::span<const std::int64_t> local,
+                         std::span<const std::int64_t> remote,
+                         std::span<const std::int64_t> nbytes) {
+  if (local.size() != nbytes.size() || remote.size() != nbytes.size()) {
+    throw std::invalid_argument("write(): src, dst and nbytes have " +
+                                std::to_string(local.size()) + ", " +
+                                std::to_string(remote.size()) + " and " +
+                                std::to_string(nbytes.size()) + " rows");
+  }
+  std::shared_ptr<const RegionIndex> local_regions;
+  std::shared_ptr<const RegionIndex> remote_regions;
+  {
+    const std::lock_guard lock(mutex_);
+    remote_regions = find_usable_peer(peer, "write()").remote_regions;
+    local_regions = local_regions_;
+  }
+  std::vector<WriteSlice> slices =
+      coalesce_and_slice(resolve_rows(local, remote, nbytes, *local_regions, *remote_regions),
+                         static_cast<std::uint64_t>(config_.block_size));
+  const std::lock_guard lock(mutex_);
+  find_usable_peer(peer, "write()");  // it may have been lost meanwhile
+  const TransferId id = next_transfer_++;
+  post([this, peer, id, rows = nbytes.size(), slices = std::move(slices)]() mutable {
+    progress_.submit(peer, id, rows, std::move(slices));
+  });
+  return id;
+}
+
+void Engine::signal(PeerId peer, std::uint32_t imm) {
+  const std::lock_guard lock(mutex_);
+  find_usable_peer(peer, "signal()");
+  post([this, peer, imm] { progress_.signal(peer, imm); });
+}
+
+void Engine::send(PeerId peer, Bytes message) {
+  if (message.size() > kMaxMessageBytes) {
+    throw std::invalid_argument("send(): " + std::to_string(message.size()) +
+                                " bytes; a message holds at most " +
+                                std::to_string(kMaxMessageBytes));
+  }
+  const std::lock_guard lock(mutex_);
+  find_usable_peer(peer, "send()");
+  post([this, peer, message = std::move(message)]() mutable {
+    progress_.send(peer, std::move(message));
+  });
+}
+
+void Engine::close_peer(PeerId peer) {
+  {
+    const std::lock_guard lock(mutex_);
+    if (closed_ || peers_.erase(peer) == 0) return;  // fenced already
+  }
+  ask("close_peer()", [this, peer] { progress_.close_peer(peer); });
+}
+
+Stats Engine::stats() {
+  return ask("stats()", [this] { return progress_.stats(); });
+}
+
+Stats Engine::peer_stats(PeerId peer) {
+  {
+    const std::lock_guard lock(mutex_);
+    find_peer(peer, "peer_stats()");
+  }
+  return ask("peer_stats()", [this, peer] { return progress_.peer_stats(peer); });
+}
+
+void Engine::close() {
+  {
+    const std::lock_guard lock(mutex_);
+    if (std::exchange(closed_, true)) return;
+  }
+  progress_.stop();
+}
+
+}  // namespace rkv

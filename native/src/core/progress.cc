@@ -1,0 +1,206 @@
+// SPDX-License-Identifier: Apache-2.0
+/// The progress loop and the commands of the data path; peers' lives are in progress_peers.cc.
+#include "core/progress.h"
+
+#include <pthread.h>
+
+#include <algorithm>
+#include <utility>
+
+namespace rkv {
+namespace {
+
+constexpr std::chrono::milliseconds kMaxTick{100};
+
+}  // namespace
+
+Progress::Progress(const EngineConfig& config, std::uint64_t incarnation,
+                   std::unique_ptr<Backend> backend, EventQueue& events, OnLost on_lost)
+    : config_(config),
+      incarnation_(incarnation),
+      tick_interval_(std::min<Clock::duration>(config.heartbeat_interval() / 2, kMaxTick)),
+      events_(events),
+      on_lost_(std::move(on_lost)),
+      backend_(std::move(backend)),
+      acceptor_(loop_, config.bind_host, incarnation,
+                [this](PeerId peer, std::uint8_t lane, UniqueFd fd) {
+                  on_socket(peer, lane, std::move(fd));
+                }),
+      dialer_(
+          loop_,
+          [this](PeerId peer, std::uint8_t lane, UniqueFd fd) {
+            on_socket(peer, lane, std::move(fd));
+          },
+          [this](PeerId peer, const std::string& reason) {
+            if (Connection* connection = find(peer)) lose(*connection, reason);
+          }),
+      next_tick_(Clock::now() + tick_interval_) {
+  backend_->attach(loop_);
+}
+
+Progress::~Progress() { stop(); }
+
+void Progress::start() {
+  thread_ = std::thread([this] { run(); });
+}
+
+void Progress::stop() {
+  if (!thread_.joinable()) return;
+  loop_.post([this] {
+    while (!connections_.empty()) close_peer(connections_.begin()->first, "its engine was closed");
+    stopping_ = true;
+  });
+  thread_.join();
+}
+
+void Progress::run() {
+  pthread_setname_np(pthread_self(), "rkv-progress");
+  const std::chrono::microseconds spin(config_.spin_us);
+  Clock::time_point last_active = Clock::now();
+  bool active = false;
+  while (!stopping_) {
+    const Clock::time_point now = Clock::now();
+    if (active) last_active = now;
+    // A turn that did something may have left work that no file descriptor will announce.
+    const bool poll_only = active || now - last_active < spin;
+    active = loop_.run_once(poll_only ? std::chrono::milliseconds(0) : until_tick(now));
+    active |= post_queued();
+    active |= handle_completions();
+    tick(Clock::now());
+  }
+}
+
+bool Progress::post_queued() {
+  const Clock::time_point start = Clock::now();
+  bool posted = false;
+  for (auto& [id, connection] : connections_) {
+    if (connection->state == Connection::State::kConnected) {
+      posted |= connection->queue.post(*backend_);
+    }
+  }
+  if (posted) counters_.posting += Clock::now() - start;
+  return posted;
+}
+
+bool Progress::handle_completions() {
+  const bool moved = backend_->progress(completions_);
+  for (const Completion& completion : completions_) handle(completion);
+  completions_.clear();
+  return moved;
+}
+
+void Progress::handle(const Completion& completion) {
+  Connection* connection = find(completion.peer);
+  if (connection == nullptr || connection->state == Connection::State::kLost) return;
+  ++counters_.completions;
+  switch (completion.kind) {
+    case Completion::Kind::kWritesLanded:
+      if (connection->queue.landed(completion.transfer, completion.slices)) {
+        finish_transfer(*connection, completion.transfer, nullptr);
+      }
+      return;
+    case Completion::Kind::kImm:
+      // Its READY may still be on the way on the control connection; a signal proves as much.
+      mark_connected(*connection);
+      ++counters_.imms_received;
+      ++connection->imms_received;
+      events_.push({.kind = EventKind::kImm, .peer = completion.peer, .imm = completion.imm});
+      return;
+    case Completion::Kind::kPeerError:
+      lose(*connection, completion.reason);
+      return;
+  }
+}
+
+void Progress::submit(PeerId peer, TransferId id, std::size_t rows,
+                      std::vector<WriteSlice> slices) {
+  Connection* connection = find(peer);
+  ++counters_.transfers;
+  counters_.descriptors_in += rows;
+  counters_.descriptors_out += slices.size();
+  std::string failure;
+  if (connection == nullptr) {
+    ++counters_.transfers_failed;
+    events_.push({.kind = EventKind::kTransferFailed,
+                  .peer = peer,
+                  .id = id,
+                  .reason = "close_peer() was called"});
+    return;
+  }
+  if (connection->state == Connection::State::kLost) failure = connection->lost_reason;
+  const bool deregistered = std::any_of(slices.begin(), slices.end(), [this](const auto& slice) {
+    return !regions_.contains(slice.local_region);
+  });
+  if (deregistered) failure = "its source memory was deregistered";
+  if (!failure.empty() || slices.empty()) {
+    finish_transfer(*connection, id, failure.empty() ? nullptr : &failure);
+    return;
+  }
+  std::uint64_t nbytes = 0;
+  for (const WriteSlice& slice : slices) nbytes += slice.nbytes;
+  connection->bytes_submitted += nbytes;
+  counters_.bytes_submitted += nbytes;
+  connection->queue.add_write(id, std::move(slices));
+}
+
+void Progress::finish_transfer(Connection& connection, TransferId id, const std::string* failure) {
+  if (failure == nullptr) {
+    ++counters_.transfers_done;
+    ++connection.transfers_done;
+    events_.push({.kind = EventKind::kTransferDone, .peer = connection.id, .id = id});
+    return;
+  }
+  ++counters_.transfers_failed;
+  ++connection.transfers_failed;
+  events_.push({.kind = EventKind::kTransferFailed,
+                .peer = connection.id,
+                .id = id,
+                .reason = *failure});
+}
+
+void Progress::signal(PeerId peer, std::uint32_t imm) {
+  Connection* connection = find(peer);
+  if (connection == nullptr || connection->state == Connection::State::kLost) return;
+  ++counters_.signals_sent;
+  connection->queue.add_signal(imm);
+}
+
+Bytes Progress::register_memory(RegionId region, MemoryRange range) {
+  Bytes blob = backend_->register_memory(region, range);
+  regions_.insert(region);
+  return blob;
+}
+
+void Progress::deregister_memory(RegionId region) {
+  regions_.erase(region);
+  for (auto& [id, connection] : connections_) {
+    if (connection->queue.reads_from(region)) {
+      lose(*connection, "memory was deregistered while writes out of it were outstanding");
+    }
+  }
+  backend_->deregister_memory(region);
+}
+
+Stats Progress::stats() const {
+  Stats stats;
+  stats["transfers"] = counters_.transfers;
+  stats["transfers_done"] = counters_.transfers_done;
+  stats["transfers_failed"] = counters_.transfers_failed;
+  stats["descriptors_in"] = counters_.descriptors_in;
+  stats["descriptors_out"] = counters_.descriptors_out;
+  stats["bytes_submitted"] = counters_.bytes_submitted;
+  stats["completions"] = counters_.completions;
+  stats["signals_sent"] = counters_.signals_sent;
+  stats["imms_received"] = counters_.imms_received;
+  stats["messages_sent"] = counters_.messages_sent;
+  stats["messages_received"] = counters_.messages_received;
+  stats["peers"] = std::uint64_t{connections_.size()};
+  stats["peers_lost"] = counters_.peers_lost;
+  stats["refused_hellos"] = acceptor_.refused_hellos();
+  stats["wakeups"] = loop_.wakeups();
+  stats["posting_s"] = std::chrono::duration<double>(counters_.posting).count();
+  backend_->add_stats(stats);
+  return stats;
+}
+
+}  // namespace rkv

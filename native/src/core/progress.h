@@ -1,0 +1,114 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+#include <thread>
+#include <unordered_map>
+#include <unordered_set>
+#include <vector>
+
+#include "core/acceptor.h"
+#include "core/backend.h"
+#include "core/config.h"
+#include "core/connection.h"
+#include "core/dialer.h"
+#include "core/event_loop.h"
+#include "core/event_queue.h"
+
+namespace rkv {
+
+/// The engine's one progress thread and all that lives on it: connections, liveness, the backend.
+///
+/// start(), stop() and loop().post() may be called from any thread; every other method runs on
+/// the progress thread, as a posted command. Reports of a peer's end from the backend and from
+/// its control connection join in lose(); the first wins.
+class Progress {
+ public:
+  /// Called once per lost peer, on the progress thread, before its last events are queued: from
+  /// its return on nothing more may be posted for that peer.
+  using OnLost = std::function<void(PeerId, const std::string& reason)>;
+
+  /// Listens at once. @throw std::runtime_error
+  Progress(const EngineConfig& config, std::uint64_t incarnation, std::unique_ptr<Backend> backend,
+           EventQueue& events, OnLost on_lost);
+  ~Progress();
+  Progress(const Progress&) = delete;
+  Progress& operator=(const Progress&) = delete;
+
+  void start();
+  /// Says goodbye to every peer, fences it, fails its writes, and joins. Commands posted before
+  /// still run; none may be posted after.
+  void stop();
+
+  [[nodiscard]] EventLoop& loop() { return loop_; }
+  [[nodiscard]] const SocketAddress& address() const { return acceptor_.address(); }
+  [[nodiscard]] std::string_view backend_name() const { return backend_->name(); }
+  [[nodiscard]] std::uint8_t lanes() const { return backend_->lanes(); }
+
+  Bytes register_memory(RegionId region, MemoryRange range);
+  void deregister_memory(RegionId region);
+  Bytes create_endpoint(PeerId peer, const std::string& label, const Token& token);
+  void connect(PeerId peer, const EndpointDescriptor& remote, std::vector<Bytes> memory);
+  void submit(PeerId peer, TransferId id, std::size_t rows, std::vector<WriteSlice> slices);
+  void signal(PeerId peer, std::uint32_t imm);
+  void send(PeerId peer, Bytes message);
+  void close_peer(PeerId peer, const std::string& why = "close_peer() was called");
+  [[nodiscard]] Stats stats() const;
+  [[nodiscard]] Stats peer_stats(PeerId peer) const;
+
+ private:
+  void run();
+  bool post_queued();
+  bool handle_completions();
+  void handle(const Completion& completion);
+  [[nodiscard]] std::chrono::milliseconds until_tick(Clock::time_point now) const;
+  void tick(Clock::time_point now);
+  void check_liveness(Connection& connection, Clock::time_point now);
+
+  [[nodiscard]] Connection* find(PeerId peer);
+  void on_socket(PeerId peer, std::uint8_t lane, UniqueFd fd);
+  void establish(Connection& connection);
+  void mark_connected(Connection& connection);
+  void lose(Connection& connection, std::string reason);
+  void report_lost(Connection& connection);
+  void detach(Connection& connection, const std::string& goodbye);
+  void fail_outstanding(Connection& connection, const std::string& reason);
+  void finish_transfer(Connection& connection, TransferId id, const std::string* failure);
+
+  const EngineConfig config_;
+  const std::uint64_t incarnation_;
+  const Clock::duration tick_interval_;
+  EventQueue& events_;
+  OnLost on_lost_;
+  EventLoop loop_;  // before all that watch file descriptors on it
+  std::unique_ptr<Backend> backend_;
+  Acceptor acceptor_;
+  Dialer dialer_;
+  std::unordered_map<PeerId, std::unique_ptr<Connection>> connections_;
+  std::unordered_set<RegionId> regions_;
+  std::vector<Completion> completions_;
+  Clock::time_point next_tick_;
+  bool stopping_ = false;
+  std::thread thread_;
+
+  struct Counters {
+    std::uint64_t transfers = 0;
+    std::uint64_t transfers_done = 0;
+    std::uint64_t transfers_failed = 0;
+    std::uint64_t descriptors_in = 0;
+    std::uint64_t descriptors_out = 0;
+    std::uint64_t bytes_submitted = 0;
+    std::uint64_t completions = 0;
+    std::uint64_t signals_sent = 0;
+    std::uint64_t imms_received = 0;
+    std::uint64_t messages_sent = 0;
+    std::uint64_t messages_received = 0;
+    std::uint64_t peers_lost = 0;
+    Clock::duration posting{};
+  } counters_;
+};
+
+}  // namespace rkv

@@ -1,0 +1,77 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "core/transfer_queue.h"
+
+#include <algorithm>
+#include <span>
+#include <utility>
+
+namespace rkv {
+
+void TransferQueue::add_write(TransferId id, std::vector<WriteSlice> slices) {
+  auto transfer = std::make_shared<Transfer>();
+  transfer->id = id;
+  transfer->slices = std::move(slices);
+  outstanding_[id] = transfer;
+  queue_.emplace_back(std::move(transfer));
+}
+
+void TransferQueue::add_signal(std::uint32_t imm) { queue_.emplace_back(imm); }
+
+bool TransferQueue::post(Backend& backend) {
+  const std::uint64_t slices_before = slices_posted_;
+  const std::size_t work_before = queue_.size();
+  while (!queue_.empty() && post_front(backend)) queue_.pop_front();
+  return slices_posted_ != slices_before || queue_.size() != work_before;
+}
+
+/// @return whether the front is posted completely.
+bool TransferQueue::post_front(Backend& backend) {
+  if (const auto* imm = std::get_if<std::uint32_t>(&queue_.front())) {
+    return backend.post_signal(peer_, *imm);
+  }
+  return post_slices(backend, *std::get<std::shared_ptr<Transfer>>(queue_.front()));
+}
+
+bool TransferQueue::post_slices(Backend& backend, Transfer& transfer) {
+  const std::size_t room = queue_depth_ - in_flight_;
+  const std::size_t offered = std::min(room, transfer.slices.size() - transfer.posted);
+  if (offered == 0) return false;
+  const std::size_t taken = backend.post_writes(
+      peer_, transfer.id, std::span(transfer.slices).subspan(transfer.posted, offered));
+  transfer.posted += taken;
+  in_flight_ += taken;
+  slices_posted_ += taken;
+  return transfer.posted == transfer.slices.size();
+}
+
+bool TransferQueue::landed(TransferId id, std::size_t slices) {
+  in_flight_ -= slices;
+  const auto found = outstanding_.find(id);
+  Transfer& transfer = *found->second;
+  transfer.landed += slices;
+  if (transfer.landed < transfer.slices.size()) return false;
+  outstanding_.erase(found);
+  return true;
+}
+
+std::vector<TransferId> TransferQueue::abandon() {
+  std::vector<TransferId> ids;
+  ids.reserve(outstanding_.size());
+  for (const auto& [id, transfer] : outstanding_) ids.push_back(id);
+  std::sort(ids.begin(), ids.end());
+  outstanding_.clear();
+  queue_.clear();
+  in_flight_ = 0;
+  return ids;
+}
+
+bool TransferQueue::reads_from(RegionId region) const {
+  return std::any_of(outstanding_.begin(), outstanding_.end(), [region](const auto& entry) {
+    const auto& slices = entry.second->slices;
+    return std::any_of(slices.begin(), slices.end(), [region](const WriteSlice& slice) {
+      return slice.local_region == region;
+    });
+  });
+}
+
+}  // namespace rkv

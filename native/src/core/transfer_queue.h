@@ -1,0 +1,63 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstdint>
+#include <deque>
+#include <memory>
+#include <unordered_map>
+#include <variant>
+#include <vector>
+
+#include "core/backend.h"
+#include "core/types.h"
+
+namespace rkv {
+
+/// One write(): its slices and how far they are.
+struct Transfer {
+  TransferId id = 0;
+  std::vector<WriteSlice> slices;
+  std::size_t posted = 0;
+  std::size_t landed = 0;
+};
+
+/// The writes and signals of one peer, in order, and the window over them: at most `queue_depth`
+/// slices are posted and not yet landed, the rest waits here. Back-pressure is never a failure.
+/// Progress thread only.
+class TransferQueue {
+ public:
+  TransferQueue(PeerId peer, std::size_t queue_depth) : peer_(peer), queue_depth_(queue_depth) {}
+
+  /// Each id once; `slices` must not be empty.
+  void add_write(TransferId id, std::vector<WriteSlice> slices);
+  void add_signal(std::uint32_t imm);
+
+  /// Posts what the window and the backend take. @return whether anything was posted.
+  bool post(Backend& backend);
+
+  /// Accounts for `slices` more landed slices. @return whether the transfer is complete.
+  bool landed(TransferId id, std::size_t slices);
+
+  /// Forgets everything. @return the transfers that did not complete, oldest first.
+  [[nodiscard]] std::vector<TransferId> abandon();
+
+  [[nodiscard]] bool reads_from(RegionId region) const;
+  [[nodiscard]] std::size_t in_flight() const { return in_flight_; }
+  [[nodiscard]] std::size_t outstanding() const { return outstanding_.size(); }
+  [[nodiscard]] std::uint64_t slices_posted() const { return slices_posted_; }
+
+ private:
+  using Work = std::variant<std::shared_ptr<Transfer>, std::uint32_t>;
+
+  bool post_front(Backend& backend);
+  bool post_slices(Backend& backend, Transfer& transfer);
+
+  PeerId peer_;
+  std::size_t queue_depth_;
+  std::deque<Work> queue_;  // not yet posted completely
+  std::unordered_map<TransferId, std::shared_ptr<Transfer>> outstanding_;
+  std::size_t in_flight_ = 0;
+  std::uint64_t slices_posted_ = 0;
+};
+
+}  // namespace rkv

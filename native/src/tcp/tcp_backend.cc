@@ -1,0 +1,74 @@
+// SPDX-License-Identifier: Apache-2.0
+/// Set-up and tear-down of the tcp backend; posting and progress are in tcp_datapath.cc.
+#include "tcp/tcp_backend.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "core/endpoint_descriptor.h"
+#include "core/wire.h"
+
+namespace rkv::tcp {
+
+Bytes TcpBackend::register_memory(RegionId region, MemoryRange range) {
+  const std::uint64_t key = random_u64();
+  keys_[key] = range;
+  key_of_[region] = key;
+  ByteWriter writer;
+  writer.put(key);
+  return writer.take();
+}
+
+void TcpBackend::deregister_memory(RegionId region) {
+  const auto found = key_of_.find(region);
+  if (found == key_of_.end()) return;
+  const MemoryRange range = keys_.at(found->second);
+  keys_.erase(found->second);
+  key_of_.erase(found);
+  std::vector<PeerId> landing;
+  for (const auto& [id, peer] : peers_) {
+    const bool hit = std::any_of(peer.lanes.begin(), peer.lanes.end(),
+                                 [&](const auto& lane) { return lane->is_landing_in(range); });
+    if (hit) landing.push_back(id);
+  }
+  for (const PeerId id : landing) fail(id, "memory was deregistered while a write of it landed");
+}
+
+Bytes TcpBackend::create_endpoint(PeerId /*peer*/) { return {}; }
+
+void TcpBackend::connect(PeerId id, PeerLink link) {
+  Peer peer;
+  for (const Bytes& blob : link.memory) {
+    ByteReader reader(blob);
+    peer.keys.push_back(reader.get<std::uint64_t>("key"));
+    reader.expect_end();
+  }
+  for (std::size_t i = 0; i < link.sockets.size(); ++i) {
+    peer.lanes.push_back(std::make_unique<Lane>(
+        *loop_, std::move(link.sockets[i]), keys_, stats_,
+        [this, id, i](std::uint32_t events) { on_lane_ready(id, i, events); }));
+  }
+  peers_[id] = std::move(peer);
+}
+
+void TcpBackend::close_peer(PeerId id) {
+  peers_.erase(id);
+  std::erase_if(completions_, [id](const Completion& done) { return done.peer == id; });
+}
+
+/// All lanes fall together.
+void TcpBackend::fail(PeerId id, const std::string& reason) {
+  peers_.erase(id);
+  completions_.push_back({.kind = Completion::Kind::kPeerError, .peer = id, .reason = reason});
+}
+
+void TcpBackend::add_stats(Stats& stats) const {
+  stats["tcp_frames_sent"] = stats_.frames_sent;
+  stats["tcp_frames_landed"] = stats_.frames_landed;
+  stats["tcp_send_calls"] = stats_.send_calls;
+  stats["tcp_send_blocked"] = stats_.send_blocked;
+  stats["tcp_receive_calls"] = stats_.receive_calls;
+  stats["bytes_received"] = stats_.bytes_received;
+}
+
+}  // namespace rkv::tcp

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every file of a run, and the state that the orchestrator keeps there for its launcher."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+JobState = Literal["STARTING", "READY", "DRAINING", "FAILED", "DONE"]
+
+
+class EngineStatus(msgspec.Struct, frozen=True):
+    """One engine in `state.json`; `pid` is the vLLM server's, 0 while there is none."""
+
+    name: str
+    role: str
+    url: str = ""
+    state: str = "STARTING"
+    incarnation: int = 0
+    restarts: int = 0
+    pid: int = 0
+
+
+class RunState(msgspec.Struct, frozen=True):
+    """`state.json`: what rank 0 (`pid` on `host`) says of the run."""
+
+    state: JobState
+    stage: str = ""
+    reason: str = ""
+    url: str = ""
+    api_key_file: str = ""
+    pid: int = 0
+    host: str = ""
+    engines: list[EngineStatus] = []
+
+
+class RunDir:
+    """The run folder. Paths are absolute, so that ranks with another working folder agree."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path).absolute()
+        self.state_file = self.path / "state.json"
+        self.api_key_file = self.path / "api.key"
+        self.logs = self.path / "logs"
+        self.launcher_log = self.logs / "mpiexec.log"
+        """What the ranks and their launcher say."""
+
+    def create(self) -> None:
+        """Make the folder (0700 if it is new: it holds the API key) and its `logs`.
+
+        What an earlier run left as state and key is removed: it would be taken for this run's.
+        """
+        self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.logs.mkdir(exist_ok=True)
+        self.state_file.unlink(missing_ok=True)
+        self.api_key_file.unlink(missing_ok=True)
+
+    def engine_log(self, engine: str) -> Path:
+        """Return where the vLLM of `engine` writes."""
+        return self.logs / f"{engine}.log"
+
+    def write_api_key(self, key: str) -> Path:
+        """Write the API key, readable by the owner alone."""
+        _replace(self.api_key_file, key.encode() + b"\n", 0o600)
+        return self.api_key_file
+
+    def read_api_key(self) -> str | None:
+        """Return the API key; None if the run has none."""
+        try:
+            return self.api_key_file.read_text().strip()
+        except FileNotFoundError:
+            return None
+
+    def write_state(self, state: RunState) -> None:
+        """Replace `state.json`; a reader sees the old or the new one, never a half."""
+        _replace(self.state_file, msgspec.json.format(msgspec.json.encode(state)) + b"\n", 0o644)
+
+    def read_state(self) -> RunState | None:
+        """Return the run's state, None before there is one.
+
+        Raises ValueError (msgspec.ValidationError) if the file is not a state.
+        """
+        try:
+            return msgspec.json.decode(self.state_file.read_bytes(), type=RunState)
+        except FileNotFoundError:
+            return None
+
+
+def _replace(path: Path, data: bytes, mode: int) -> None:
+    # A fixed temporary name would let two writers mix their bytes.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

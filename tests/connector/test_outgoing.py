@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which pages are written when: any chunking, any REGISTER time, any prefix hit on decode."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rdma_kv_cache.connector.layout import KVLayout, Layer
+from rdma_kv_cache.connector.metadata import PrefillChunk
+from rdma_kv_cache.connector.outgoing import Outgoing
+
+BLOCK_TOKENS = 4
+PAGE_BYTES = 64
+NUM_BLOCKS = 32
+LAYERS = 3
+
+
+def layout(base: int) -> KVLayout:
+    """Three layers of one group, one after the other from `base`."""
+    layer_bytes = NUM_BLOCKS * PAGE_BYTES
+    layers = tuple(
+        Layer(f"layer.{i}", 0, base + i * layer_bytes, PAGE_BYTES, PAGE_BYTES)
+        for i in range(LAYERS)
+    )
+    return KVLayout(layers, (BLOCK_TOKENS,), NUM_BLOCKS, ((base, LAYERS * layer_bytes),))
+
+
+@dataclass
+class Case:
+    """One prefill: chunk ends, when REGISTER comes, and how many pages decode has already."""
+
+    prompt: int
+    chunk_ends: list[int]
+    register_before_event: int
+    local_hit_pages: int
+    source_blocks: list[int]
+    target_blocks: list[int]
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    prompt = draw(st.integers(1, 80))
+    cuts = draw(st.sets(st.integers(1, prompt), max_size=5)) | {prompt}
+    pages = -(-prompt // BLOCK_TOKENS)
+    hit = draw(st.integers(0, (prompt - 1) // BLOCK_TOKENS))
+    blocks = st.permutations(range(1, NUM_BLOCKS))
+    return Case(
+        prompt,
+        sorted(cuts),
+        draw(st.integers(0, len(cuts) * (LAYERS + 1))),
+        hit,
+        draw(blocks)[:pages],
+        draw(blocks)[: pages - hit],
+    )
+
+
+def run(case: Case) -> tuple[dict[int, int], list[int], int]:
+    """Play a prefill; returns {destination: source} of all writes, event sizes, writes twice."""
+    here, there = layout(1 << 20), layout(1 << 30)
+    out = Outgoing("r", "t", case.prompt, here)
+    peer: Any = SimpleNamespace(remote=SimpleNamespace(layers=there.describe()))
+    written: dict[int, int] = {}
+    sizes: list[int] = []
+    twice = 0
+
+    def flush(layers: range) -> None:
+        nonlocal twice
+        writes = out.take_writes(layers)
+        if writes is None:
+            return
+        sizes.append(len(writes.nbytes))
+        assert set(writes.nbytes.tolist()) == {PAGE_BYTES}
+        for source, destination in zip(
+            writes.source.tolist(), writes.destination.tolist(), strict=True
+        ):
+            twice += destination in written
+            written[destination] = source
+
+    event, known_blocks = 0, 0
+    for end in case.chunk_ends:
+        upto = -(-end // BLOCK_TOKENS)
+        new = case.source_blocks[known_blocks:upto]
+        out.add_chunk(PrefillChunk("r", "t", case.prompt, end, (new,), known_blocks == 0))
+        known_blocks = upto
+        for step in range(LAYERS + 1):
+            if event == case.register_before_event:
+                out.set_target(peer, 7, [case.target_blocks], 0.0)
+                flush(range(LAYERS))
+            event += 1
+            if step < LAYERS:
+                out.ready[step] = end
+                flush(range(step, step + 1))
+    if not out.target:
+        out.set_target(peer, 7, [case.target_blocks], 0.0)
+        flush(range(LAYERS))
+    assert out.all_sent()
+    return written, sizes, twice
+
+
+@given(cases())
+def test_every_wanted_page_is_written_once_from_its_own_source(case: Case) -> None:
+    here, there = layout(1 << 20), layout(1 << 30)
+    written, _, twice = run(case)
+    expected = {
+        t.base + case.target_blocks[page - case.local_hit_pages] * PAGE_BYTES: s.base
+        + case.source_blocks[page] * PAGE_BYTES
+        for s, t in zip(here.layers, there.layers, strict=True)
+        for page in range(case.local_hit_pages, -(-case.prompt // BLOCK_TOKENS))
+    }
+    assert written == expected
+    assert twice == 0
+
+
+def test_a_partial_page_waits_for_the_last_chunk() -> None:
+    out = Outgoing("r", "t", 10, layout(1 << 20))
+    peer: Any = SimpleNamespace(remote=SimpleNamespace(layers=layout(1 << 30).describe()))
+    out.set_target(peer, 1, [[1, 2, 3]], 0.0)
+    out.add_chunk(PrefillChunk("r", "t", 10, 6, ([5, 6],), True))
+    out.ready[:] = 6
+    writes = out.take_writes([0])
+    assert writes is not None
+    assert len(writes.nbytes) == 1
+    out.add_chunk(PrefillChunk("r", "t", 10, 10, ([7],), False))
+    out.ready[:] = 10
+    writes = out.take_writes([0])
+    assert writes is not None
+    assert writes.source.tolist() == [(1 << 20) + 6 * PAGE_BYTES, (1 << 20) + 7 * PAGE_BYTES]
+
+
+def test_a_preempted_request_sends_only_what_was_not_sent() -> None:
+    out = Outgoing("r", "t", 8, layout(1 << 20))
+    peer: Any = SimpleNamespace(remote=SimpleNamespace(layers=layout(1 << 30).describe()))
+    out.set_target(peer, 1, [[1, 2]], 0.0)
+    out.add_chunk(PrefillChunk("r", "t", 8, 4, ([5],), True))
+    out.ready[:] = 4
+    assert out.take_writes(range(LAYERS)) is not None
+    out.restart()
+    assert out.take_writes(range(LAYERS)) is None
+    out.add_chunk(PrefillChunk("r", "t", 8, 8, ([9, 10],), True))
+    out.ready[:] = 8
+    writes = out.take_writes(range(LAYERS))
+    assert writes is not None
+    assert np.unique((writes.source - (1 << 20)) // PAGE_BYTES % NUM_BLOCKS).tolist() == [10]
+    assert out.all_sent()
+
+
+def test_a_register_for_another_prompt_is_refused() -> None:
+    out = Outgoing("r", "t", 8, layout(1 << 20))
+    peer: Any = SimpleNamespace(remote=SimpleNamespace(layers=layout(1 << 30).describe()))
+    with pytest.raises(ValueError, match="another prompt or tokenizer"):
+        out.set_target(peer, 1, [[1, 2, 3]], 0.0)
