@@ -91,9 +91,10 @@ void register_handles(py::module_& module) {
                              [](const LocalMemory& self) { return self.memory().range.address; })
       .def_property_readonly("nbytes",
                              [](const LocalMemory& self) { return self.memory().range.nbytes; })
-      .def("close", &LocalMemory::close, ReleaseGil(),
-           "Fence: when it returns nothing can land in the memory any more. Peers with a write half "
-           "done into it, or outstanding out of it, are lost. Also done on collection.");
+      .def(
+          "close", &LocalMemory::close, ReleaseGil(),
+          "Fence: when it returns nothing can land in the memory any more. Peers with a write half "
+          "done into it, or outstanding out of it, are lost. Also done on collection.");
   py::class_<CreatedEndpoint>(module, "Endpoint", "This side of one connection to be made.")
       .def_readonly("peer", &CreatedEndpoint::peer, "Names the peer in all calls and events.")
       .def_property_readonly(
@@ -124,21 +125,23 @@ void register_engine(py::module_& module) {
            "range or an unknown kind.")
       .def("create_endpoint", &Engine::create_endpoint, py::arg("label"), ReleaseGil(),
            "One endpoint for one peer. `label`, such as 'decode-0/0', only names it in texts.")
-      .def("connect", &connect, py::arg("peer"), py::arg("descriptor"), py::arg("memory"),
-           "Connects an endpoint to the peer's endpoint `descriptor`; `memory` lists descriptors of "
-           "the peer's memory.\n\n"
-           "Asynchronous, called by both sides at their own time; CONNECTED or PEER_LOST follows. "
-           "Writes and signals queued meanwhile go out once connected. Raises ValueError naming "
-           "what is wrong with a descriptor.")
-      .def("write", &write, py::arg("peer"), py::arg("src").noconvert(),
-           py::arg("dst").noconvert(), py::arg("nbytes").noconvert(),
-           "Queues one transfer of n ranges and returns its id (> 0).\n\n"
-           "Three int64 arrays of shape (n,), C-contiguous: local addresses, addresses at the "
-           "peer, bytes. Adjacent rows are joined, long runs sliced to block_size. Never blocks and "
-           "never fails for want of room; ends in exactly one TRANSFER_DONE or TRANSFER_FAILED, "
-           "until when the source bytes must not change. Raises ValueError naming the first row "
-           "outside registered memory, RuntimeError when the peer is lost or connect() was not "
-           "called.")
+      .def(
+          "connect", &connect, py::arg("peer"), py::arg("descriptor"), py::arg("memory"),
+          "Connects an endpoint to the peer's endpoint `descriptor`; `memory` lists descriptors of "
+          "the peer's memory.\n\n"
+          "Asynchronous, called by both sides at their own time; CONNECTED or PEER_LOST follows. "
+          "Writes and signals queued meanwhile go out once connected. Raises ValueError naming "
+          "what is wrong with a descriptor.")
+      .def(
+          "write", &write, py::arg("peer"), py::arg("src").noconvert(), py::arg("dst").noconvert(),
+          py::arg("nbytes").noconvert(),
+          "Queues one transfer of n ranges and returns its id (> 0).\n\n"
+          "Three int64 arrays of shape (n,), C-contiguous: local addresses, addresses at the "
+          "peer, bytes. Adjacent rows are joined, long runs sliced to block_size. Never blocks and "
+          "never fails for want of room; ends in exactly one TRANSFER_DONE or TRANSFER_FAILED, "
+          "until when the source bytes must not change. Raises ValueError naming the first row "
+          "outside registered memory, RuntimeError when the peer is lost or connect() was not "
+          "called.")
       .def("signal", &Engine::signal, py::arg("peer"), py::arg("imm"), ReleaseGil(),
            "Queues an IMM event (u32) for the peer, delivered after every earlier write to it has "
            "landed. Signals keep their order.")

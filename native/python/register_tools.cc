@@ -38,8 +38,7 @@ py::array_t<std::uint64_t> checksum(const Column& addresses, const Column& nbyte
 void register_tools(py::module_& module) {
   module.def("probe_backends", &probe_backends, py::call_guard<py::gil_scoped_release>(),
              "What this host offers to each backend, best first.");
-  module.def("checksum", &checksum, py::arg("addresses").noconvert(),
-             py::arg("nbytes").noconvert(),
+  module.def("checksum", &checksum, py::arg("addresses").noconvert(), py::arg("nbytes").noconvert(),
              "XXH64 (seed 0) of each range of this process's memory.\n\n"
              "Two int64 arrays of shape (n,): addresses and bytes; returns uint64 of shape (n,). "
              "The memory must be mapped: addresses are not checked.");

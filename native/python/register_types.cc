@@ -1,5 +1,4 @@
 // SPDX-License-Identifier: Apache-2.0
-#include <pybind11/native_enum.h>
 #include <pybind11/stl.h>
 
 #include <sstream>
@@ -15,8 +14,8 @@ namespace rkv::python {
 namespace {
 
 EngineConfig make_config(std::string backend, std::string bind_host, std::int64_t block_size,
-                         std::int64_t queue_depth, std::int64_t qps_per_peer,
-                         double peer_timeout_s, double connect_timeout_s, std::int64_t spin_us) {
+                         std::int64_t queue_depth, std::int64_t qps_per_peer, double peer_timeout_s,
+                         double connect_timeout_s, std::int64_t spin_us) {
   EngineConfig config{.backend = std::move(backend),
                       .bind_host = std::move(bind_host),
                       .block_size = block_size,
@@ -68,14 +67,13 @@ std::string event_repr(const Event& event) {
 }
 
 void register_events(py::module_& module) {
-  py::native_enum<EventKind>(module, "EventKind", "enum.Enum", "What an Event reports.")
+  py::enum_<EventKind>(module, "EventKind", "What an Event reports.")
       .value("CONNECTED", EventKind::kConnected)
       .value("TRANSFER_DONE", EventKind::kTransferDone)
       .value("TRANSFER_FAILED", EventKind::kTransferFailed)
       .value("IMM", EventKind::kImm)
       .value("MESSAGE", EventKind::kMessage)
-      .value("PEER_LOST", EventKind::kPeerLost)
-      .finalize();
+      .value("PEER_LOST", EventKind::kPeerLost);
   py::class_<Event>(module, "Event",
                     "One thing that happened. Fields that the kind does not use are 0 or empty.\n\n"
                     "CONNECTED: writes to the peer can land, and its own.\n"

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
 from openai_peer import OpenAIPeer, answer_well
+from rich.console import Console
 
+from rdma_kv_cache.batch import BatchOptions, run_batch, scan
 from tests.batch.conftest import request_line
 
 if TYPE_CHECKING:
@@ -151,6 +153,21 @@ def test_a_server_that_goes_away_stops_the_run_and_it_can_go_on(batch: Batch) ->
         assert batch.run(peer.url).exit_code == 0
         assert peer.asked["0"] == 1
     assert len(batch.answers()) == 10
+
+
+def test_a_server_known_to_be_gone_is_not_waited_for(batch: Batch) -> None:
+    batch.write(request_line("a"))
+    with OpenAIPeer(failing(99, 503)) as peer:
+        options = BatchOptions(
+            prompts=batch.prompts,
+            out=batch.out,
+            url=peer.url,
+            why_gone=lambda: "the run has ended",
+        )
+        result = asyncio.run(run_batch(options, scan(batch.prompts), Console(quiet=True)))
+        assert peer.asked["a"] == 1
+    assert result.stopped == "the run has ended"
+    assert result.failed == 0
 
 
 def test_concurrency_is_bounded_and_used(batch: Batch) -> None:

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -13,8 +15,11 @@ import pytest
 from click.testing import CliRunner
 
 from rdma_kv_cache import __version__
-from rdma_kv_cache.cli import main
+from rdma_kv_cache.cli import common, main
+from rdma_kv_cache.cli.batch import why_gone
 from rdma_kv_cache.cli.doctor import check_devices, check_mpi, check_vllm
+from rdma_kv_cache.cluster.run_dir import RunDir, RunState
+from rdma_kv_cache.config import load_job
 
 if TYPE_CHECKING:
     from click.testing import Result
@@ -48,13 +53,15 @@ def test_help_imports_nothing_heavy() -> None:
         "heavy = {'torch', 'vllm', 'mpi4py', 'aiohttp', 'pydantic', 'rich'} & set(sys.modules)\n"
         "sys.exit(str(sorted(heavy)) if heavy else 0)\n"
     )
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-c", script], check=False, capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stderr
 
 
 def test_module_can_be_run() -> None:
     command = [sys.executable, "-m", "rdma_kv_cache.cli", "batch"]
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = subprocess.run(command, check=False, capture_output=True, text=True)
     assert result.returncode == 2
     assert "Usage: rdma-kv batch" in result.stderr
 
@@ -95,6 +102,31 @@ def test_a_bad_job_file_is_told_before_engines_start(tmp_path: Path) -> None:
         assert "rdma.queue_dept = 1: unknown key" in result.output
         assert "there is no model folder" in result.output
         assert not (tmp_path / "run").exists()
+
+
+def test_the_ranks_read_the_job_after_overrides(tmp_path: Path) -> None:
+    job = common.load(EXAMPLE, ["rdma.queue_depth=7", "orchestrator.api_key=very-secret"])
+    folder = RunDir(tmp_path / "run")
+    copy = common.write_job(folder, job)
+    assert load_job(copy, env={}) == job
+    assert stat.S_IMODE(copy.stat().st_mode) == 0o600
+    assert stat.S_IMODE(folder.path.stat().st_mode) == 0o700
+    with pytest.raises(common.InputError, match="cannot write the run folder /proc/x"):
+        common.write_job(RunDir("/proc/x"), job)
+
+
+def test_a_batch_learns_that_its_engines_are_gone(tmp_path: Path) -> None:
+    folder = RunDir(tmp_path)
+    folder.create()
+    assert why_gone(folder) == ""
+    folder.write_state(RunState("READY", pid=os.getpid()))
+    assert why_gone(folder) == ""
+    folder.write_state(RunState("FAILED", "serving", "no decode engine is left", pid=os.getpid()))
+    assert why_gone(folder) == "the run has ended: no decode engine is left"
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    folder.write_state(RunState("READY", pid=ended.pid))
+    assert f"the orchestrator (pid {ended.pid}) has died" in why_gone(folder)
 
 
 def test_config_prints_the_job_with_overrides() -> None:

@@ -297,6 +297,7 @@ class Rig:
         self.job = JobConfig.model_validate(
             {
                 "model": {"name": "tiny"},
+                "rdma": {"connect_timeout_s": 0.2},
                 "prefill": {"engines": prefills},
                 "decode": {"engines": decodes},
                 "orchestrator": OrchestratorConfig(**settings),

@@ -287,7 +287,7 @@ def test_a_request_ends_with_its_time(tmp_path: Path) -> None:
 
 def test_an_engine_whose_rank_falls_silent_loses_its_requests(tmp_path: Path) -> None:
     async def scenario() -> None:
-        async with rig(tmp_path, 1, 2, policy="round_robin", health_timeout_s=30) as job:
+        async with rig(tmp_path, 1, 2, policy="round_robin") as job:
             first = job.vllms["decode-0"]
             first.behave = first.hang
             requests = [asyncio.ensure_future(job.post()) for _ in range(2)]

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 import aiohttp
 import pytest
-from gateway_rig import SECRET, WAIT_S, Rank, Vllm, rig, until
+from gateway_rig import HEARTBEAT_S, SECRET, WAIT_S, Rank, Vllm, rig, until
 
+from rdma_kv_cache.cluster.hub_client import HubClient
 from rdma_kv_cache.protocol.bootstrap import Bundle, Bundles, EngineHello, PeerDown, WorkerId
 from rdma_kv_cache.protocol.codec import PROTOCOL_VERSION, sign, verify
 from rdma_kv_cache.protocol.control import (
@@ -20,11 +21,13 @@ from rdma_kv_cache.protocol.control import (
     Heartbeat,
     Relay,
     Restart,
+    Stop,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+from typing import Any
 
 HELLO = EngineHello("decode-0", "decode", "localhost", 101, 1)
 
@@ -183,7 +186,7 @@ def test_ready_of_an_incarnation_that_was_not_announced_does_not_count(tmp_path:
 
 def test_a_lost_engine_that_comes_back_is_restarted(tmp_path: Path) -> None:
     async def scenario() -> None:
-        async with rig(tmp_path, 2, 1, health_timeout_s=30) as job:
+        async with rig(tmp_path, 2, 1) as job:
             rank = job.ranks["prefill-0"]
             rank.beating = False
             await until(lambda: job.engine_state("prefill-0") == "LOST", "LOST")
@@ -199,7 +202,7 @@ def test_a_lost_engine_that_comes_back_is_restarted(tmp_path: Path) -> None:
 
 def test_a_lost_engine_that_attaches_anew_is_restarted(tmp_path: Path) -> None:
     async def scenario() -> None:
-        async with rig(tmp_path, 2, 1, health_timeout_s=30) as job:
+        async with rig(tmp_path, 2, 1) as job:
             old = job.ranks["prefill-0"]
             await old.close()
             await until(lambda: job.engine_state("prefill-0") == "LOST", "LOST")
@@ -222,5 +225,42 @@ def test_the_newest_connection_of_an_engine_counts(tmp_path: Path) -> None:
             await until(lambda: old.close_code, "the old connection closed")
             await job.ranks["prefill-0"].send(Relay("decode-0", Bundles([])))
             await until(lambda: new.got(Relay), "the relay")
+
+    asyncio.run(scenario())
+
+
+class View:
+    """An engine, as its rank's hub client asks for it."""
+
+    def __init__(self, rank: Rank) -> None:
+        self.rank = rank
+
+    def identity(self) -> tuple[EngineHello, str]:
+        return self.rank.hello, self.rank.vllm.url
+
+    def heartbeat(self) -> Heartbeat:
+        return Heartbeat(self.rank.hello.engine, self.rank.hello.incarnation, "READY", 0, 1, 1)
+
+
+def test_the_ranks_own_client_speaks_with_the_hub(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with rig(tmp_path, ready=False) as job:
+            received: list[Any] = []
+            await job.ranks["prefill-0"].attach(job.url)
+            client = HubClient(
+                job.url, SECRET, View(job.ranks["decode-0"]), received.append, HEARTBEAT_S
+            )
+            async with client:
+                job.world.passed.set()
+                await until(lambda: job.folder.state.state == "READY", "READY")
+                relay = Relay("decode-0", Bundles([]))
+                await job.ranks["prefill-0"].send(relay)
+                client.send(Relay("prefill-0", Bundles([])))
+                await until(lambda: received, "the relay")
+                assert received == [relay]
+                await until(lambda: job.ranks["prefill-0"].got(Relay), "its relay")
+                job.stop.set()
+                await until(lambda: Stop("the job ends") in received, "Stop")
+            assert await job.exit_code == 0
 
     asyncio.run(scenario())

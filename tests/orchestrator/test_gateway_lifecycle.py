@@ -7,6 +7,7 @@ import asyncio
 import os
 import signal
 import socket
+import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -213,7 +214,7 @@ def test_an_engine_that_fails_its_health_check_is_restarted_once(tmp_path: Path)
 
 
 @pytest.mark.parametrize("hung", ["prefill-0", "decode-0", None])
-def test_a_pair_that_lost_its_connection_is_mended_by_restarting_the_hung_engine(
+def test_a_pair_that_stays_apart_is_mended_by_restarting_the_hung_engine(
     tmp_path: Path, hung: str | None
 ) -> None:
     async def scenario() -> None:
@@ -226,6 +227,38 @@ def test_a_pair_that_lost_its_connection_is_mended_by_restarting_the_hung_engine
             await until(lambda: job.ranks[expected].got(Restart), "Restart")
             others = set(job.ranks) - {expected}
             assert not any(job.ranks[name].got(Restart) for name in others)
+
+    asyncio.run(scenario())
+
+
+def test_a_pair_that_reconnects_by_itself_is_left_alone(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with rig(tmp_path) as job:
+            for rank in job.ranks.values():
+                rank.peers_connected = 0
+            probes = len(job.vllms["prefill-0"].requests)
+            await until(lambda: len(job.vllms["prefill-0"].requests) > probes, "suspicion")
+            for rank in job.ranks.values():
+                rank.peers_connected = 1
+            await asyncio.sleep(1.0)
+            assert not any(rank.got(Restart) for rank in job.ranks.values())
+            assert (await job.post())[0] == 200
+            assert params_of(job.calls("decode-0")[-1])
+
+    asyncio.run(scenario())
+
+
+def hold_up_the_event_loop() -> None:
+    time.sleep(1.0)  # longer than the rig's health_timeout_s
+
+
+def test_a_stall_of_the_orchestrator_itself_is_no_silence_of_the_engines(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with rig(tmp_path) as job:
+            hold_up_the_event_loop()
+            await asyncio.sleep(0.3)
+            assert [state.state for state in job.folder.state.engines] == ["READY", "READY"]
+            assert not any(rank.got(Restart) for rank in job.ranks.values())
 
     asyncio.run(scenario())
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -212,7 +213,9 @@ def test_bad_bodies_are_refused_before_any_engine(tmp_path: Path) -> None:
                     assert error["type"] == "invalid_request_error"
                     assert error["code"] == "invalid_json"
             assert job.calls("decode-0") == job.calls("prefill-0") == []
-            async with job.client.post(job.url + CHAT, data=b"x" * (65 << 20)) as response:
+            async with job.client.post(
+                job.url + CHAT, data=io.BytesIO(b"x" * (65 << 20))
+            ) as response:
                 assert response.status == 413
             for path, status in (("/v1/nope", 404), ("/v1/completions", 405)):
                 got, body = await job.get(path)

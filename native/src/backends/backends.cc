@@ -68,8 +68,7 @@ BackendInfo probe_cuda_ipc() {
     return {"cuda_ipc", false, "cuDeviceGetCount: CUresult " + std::to_string(status)};
   }
   return {"cuda_ipc", false,
-          "found " + std::to_string(devices) +
-              " GPUs, but this build has no cuda_ipc backend yet"};
+          "found " + std::to_string(devices) + " GPUs, but this build has no cuda_ipc backend yet"};
 }
 
 }  // namespace

@@ -58,8 +58,8 @@ void Acceptor::read_hello(Strangers::iterator stranger) {
     return;
   }
   std::array<char, Hello::kBytes> buffer;
-  const IoResult got = receive_some(stranger->fd.get(), buffer.data(),
-                                    Hello::kBytes - stranger->received.size());
+  const IoResult got =
+      receive_some(stranger->fd.get(), buffer.data(), Hello::kBytes - stranger->received.size());
   if (got.status == IoStatus::kWouldBlock) return;
   if (got.status == IoStatus::kClosed) {
     refuse(stranger);
@@ -108,8 +108,8 @@ void Acceptor::admit(Strangers::iterator stranger) {
 void Acceptor::park(Strangers::iterator stranger) {
   // The token bounds the number: a peer opens at most kMaxLanes connections per endpoint.
   const auto parked = std::count_if(strangers_.begin(), strangers_.end(), [&](const Stranger& s) {
-    return s.parked && Hello::decode(s.received).acceptor ==
-                           Hello::decode(stranger->received).acceptor;
+    return s.parked &&
+           Hello::decode(s.received).acceptor == Hello::decode(stranger->received).acceptor;
   });
   if (static_cast<std::size_t>(parked) >= kMaxLanes) {
     refuse(stranger);

@@ -31,10 +31,10 @@ struct Completion {
 
 /// Everything a backend needs to reach a peer.
 struct PeerLink {
-  std::string label;                            ///< For error texts.
-  Bytes blob;                                   ///< The peer's create_endpoint().
-  std::vector<Bytes> memory;                    ///< The peer's register_memory(), by remote region.
-  std::vector<UniqueFd> sockets;                ///< Authenticated connections, see lanes().
+  std::string label;              ///< For error texts.
+  Bytes blob;                     ///< The peer's create_endpoint().
+  std::vector<Bytes> memory;      ///< The peer's register_memory(), by remote region.
+  std::vector<UniqueFd> sockets;  ///< Authenticated connections, see lanes().
 };
 
 /// Moves bytes: one-sided writes of many descriptors, then a signal. In verbs' nouns, so that a

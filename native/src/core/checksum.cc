@@ -48,10 +48,12 @@ std::uint64_t consume_stripes(const unsigned char*& at, const unsigned char* end
 std::uint64_t consume_tail(std::uint64_t accumulator, const unsigned char* at,
                            const unsigned char* end) {
   for (; end - at >= 8; at += 8) {
-    accumulator = std::rotl(accumulator ^ round(0, load<std::uint64_t>(at)), 27) * kPrime1 + kPrime4;
+    accumulator =
+        std::rotl(accumulator ^ round(0, load<std::uint64_t>(at)), 27) * kPrime1 + kPrime4;
   }
   if (end - at >= 4) {
-    accumulator = std::rotl(accumulator ^ (load<std::uint32_t>(at) * kPrime1), 23) * kPrime2 + kPrime3;
+    accumulator =
+        std::rotl(accumulator ^ (load<std::uint32_t>(at) * kPrime1), 23) * kPrime2 + kPrime3;
     at += 4;
   }
   for (; at < end; ++at) accumulator = std::rotl(accumulator ^ (*at * kPrime5), 11) * kPrime1;

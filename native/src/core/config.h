@@ -11,13 +11,13 @@ using Clock = std::chrono::steady_clock;
 
 struct EngineConfig {
   std::string backend = "auto";
-  std::string bind_host = "127.0.0.1";     ///< Address that peers reach; never a wildcard.
-  std::int64_t block_size = 1 << 20;       ///< Bytes; a longer run is sliced into blocks of this.
-  std::int64_t queue_depth = 1024;         ///< Slices per peer posted and not yet acknowledged.
-  std::int64_t qps_per_peer = 2;           ///< Data connections to each peer.
-  double peer_timeout_s = 5.0;             ///< A peer silent for this long is lost.
-  double connect_timeout_s = 15.0;         ///< From connect() until both sides are ready.
-  std::int64_t spin_us = 50;               ///< Busy polling after activity before blocking.
+  std::string bind_host = "127.0.0.1";  ///< Address that peers reach; never a wildcard.
+  std::int64_t block_size = 1 << 20;    ///< Bytes; a longer run is sliced into blocks of this.
+  std::int64_t queue_depth = 1024;      ///< Slices per peer posted and not yet acknowledged.
+  std::int64_t qps_per_peer = 2;        ///< Data connections to each peer.
+  double peer_timeout_s = 5.0;          ///< A peer silent for this long is lost.
+  double connect_timeout_s = 15.0;      ///< From connect() until both sides are ready.
+  std::int64_t spin_us = 50;            ///< Busy polling after activity before blocking.
 
   /// @throw std::invalid_argument naming the field, its value and what is allowed.
   void validate() const;

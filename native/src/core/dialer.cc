@@ -59,8 +59,8 @@ void Dialer::greet(Calls::iterator call) {
 
 void Dialer::read_reply(Calls::iterator call) {
   std::array<char, HelloReply::kBytes> buffer;
-  const IoResult got = receive_some(call->fd.get(), buffer.data(),
-                                    HelloReply::kBytes - call->received.size());
+  const IoResult got =
+      receive_some(call->fd.get(), buffer.data(), HelloReply::kBytes - call->received.size());
   if (got.status == IoStatus::kWouldBlock) return;
   if (got.status == IoStatus::kClosed) {
     fail(call, got.error != 0 && got.error != ECONNRESET

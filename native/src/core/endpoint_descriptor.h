@@ -2,10 +2,10 @@
 #pragma once
 
 #include <array>
-#include <tuple>
 #include <cstdint>
 #include <string>
 #include <string_view>
+#include <tuple>
 
 #include "core/types.h"
 
@@ -26,7 +26,7 @@ struct EndpointDescriptor {
   std::string host = {};  ///< Numeric address of the engine's listening socket.
   std::uint16_t port = 0;
   std::uint8_t lanes = 0;  ///< Data connections that this side wants; the smaller number wins.
-  Bytes blob = {};              ///< The backend's part.
+  Bytes blob = {};         ///< The backend's part.
 
   [[nodiscard]] Bytes encode() const;
   /// @throw FormatError naming what is wrong.

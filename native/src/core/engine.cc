@@ -86,8 +86,8 @@ RegisteredMemory Engine::register_memory(MemoryRange range) {
     const std::lock_guard lock(mutex_);
     id = next_region_++;
   }
-  Bytes blob = ask("register_memory()",
-                   [this, id, range] { return progress_.register_memory(id, range); });
+  Bytes blob =
+      ask("register_memory()", [this, id, range] { return progress_.register_memory(id, range); });
   {
     const std::lock_guard lock(mutex_);
     local_regions_ = std::make_shared<RegionIndex>(local_regions_->with({id, range}));
@@ -193,10 +193,9 @@ TransferId Engine::write(PeerId peer, std::span<const std::int64_t> local,
                          std::span<const std::int64_t> remote,
                          std::span<const std::int64_t> nbytes) {
   if (local.size() != nbytes.size() || remote.size() != nbytes.size()) {
-    throw std::invalid_argument("write(): src, dst and nbytes have " +
-                                std::to_string(local.size()) + ", " +
-                                std::to_string(remote.size()) + " and " +
-                                std::to_string(nbytes.size()) + " rows");
+    throw std::invalid_argument(
+        "write(): src, dst and nbytes have " + std::to_string(local.size()) + ", " +
+        std::to_string(remote.size()) + " and " + std::to_string(nbytes.size()) + " rows");
   }
   std::shared_ptr<const RegionIndex> local_regions;
   std::shared_ptr<const RegionIndex> remote_regions;

@@ -152,10 +152,8 @@ void Progress::finish_transfer(Connection& connection, TransferId id, const std:
   }
   ++counters_.transfers_failed;
   ++connection.transfers_failed;
-  events_.push({.kind = EventKind::kTransferFailed,
-                .peer = connection.id,
-                .id = id,
-                .reason = *failure});
+  events_.push(
+      {.kind = EventKind::kTransferFailed, .peer = connection.id, .id = id, .reason = *failure});
 }
 
 void Progress::signal(PeerId peer, std::uint32_t imm) {

@@ -38,8 +38,8 @@ Connection* Progress::find(PeerId peer) {
 
 Bytes Progress::create_endpoint(PeerId peer, const std::string& label, const Token& token) {
   Bytes blob = backend_->create_endpoint(peer);
-  connections_[peer] = std::make_unique<Connection>(
-      peer, label, token, static_cast<std::size_t>(config_.queue_depth));
+  connections_[peer] = std::make_unique<Connection>(peer, label, token,
+                                                    static_cast<std::size_t>(config_.queue_depth));
   acceptor_.add_endpoint(token, peer);
   return blob;
 }
@@ -99,8 +99,8 @@ void Progress::establish(Connection& connection) {
                                 .peer = connection.id,
                                 .data = std::move(data)});
                 },
-            .on_lost =
-                [this, &connection](const std::string& reason) { lose(connection, reason); }});
+            .on_lost = [this,
+                        &connection](const std::string& reason) { lose(connection, reason); }});
     sockets.erase(sockets.begin());
     backend_->connect(connection.id, {.label = connection.label,
                                       .blob = std::move(connection.remote_blob),
@@ -181,9 +181,8 @@ void Progress::report_lost(Connection& connection) {
   if (std::exchange(connection.lost_reported, true)) return;
   fail_outstanding(connection, connection.lost_reason);
   connection.link.reset();
-  events_.push({.kind = EventKind::kPeerLost,
-                .peer = connection.id,
-                .reason = connection.lost_reason});
+  events_.push(
+      {.kind = EventKind::kPeerLost, .peer = connection.id, .reason = connection.lost_reason});
 }
 
 /// The fence: afterwards nothing of the peer can land and nothing of it is sent.

@@ -95,8 +95,8 @@ UniqueFd listen_on(const std::string& host, SocketAddress& bound) {
 UniqueFd start_connect(const SocketAddress& peer) {
   const AddressList address = resolve(peer.host, std::to_string(peer.port), AI_NUMERICHOST);
   UniqueFd fd = open_socket(*address);
-  const ssize_t status = retry_interrupted(
-      [&] { return connect(fd.get(), address->ai_addr, address->ai_addrlen); });
+  const ssize_t status =
+      retry_interrupted([&] { return connect(fd.get(), address->ai_addr, address->ai_addrlen); });
   if (status != 0 && errno != EINPROGRESS) throw_errno("connect(" + peer.text() + ")", errno);
   return fd;
 }

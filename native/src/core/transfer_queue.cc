@@ -68,9 +68,8 @@ std::vector<TransferId> TransferQueue::abandon() {
 bool TransferQueue::reads_from(RegionId region) const {
   return std::any_of(outstanding_.begin(), outstanding_.end(), [region](const auto& entry) {
     const auto& slices = entry.second->slices;
-    return std::any_of(slices.begin(), slices.end(), [region](const WriteSlice& slice) {
-      return slice.local_region == region;
-    });
+    return std::any_of(slices.begin(), slices.end(),
+                       [region](const WriteSlice& slice) { return slice.local_region == region; });
   });
 }
 

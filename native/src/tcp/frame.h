@@ -72,7 +72,8 @@ void advance(std::vector<iovec>& iov, std::size_t& next, std::size_t nbytes);
 /// `keys` by remote region.
 [[nodiscard]] OutFrame encode_write(TransferId transfer, std::span<const WriteSlice> slices,
                                     std::span<const std::uint64_t> keys);
-[[nodiscard]] OutFrame encode_signal(std::uint32_t imm, std::span<const std::uint64_t> sent_by_lane);
+[[nodiscard]] OutFrame encode_signal(std::uint32_t imm,
+                                     std::span<const std::uint64_t> sent_by_lane);
 [[nodiscard]] OutFrame encode_ack(std::uint64_t landed);
 
 /// @throw FormatError unless the header is one that a peer may send.

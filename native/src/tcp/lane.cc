@@ -28,11 +28,11 @@ void Lane::enqueue(OutFrame frame) {
 
 bool Lane::is_landing_in(const MemoryRange& range) const {
   if (payload_left_ == 0) return false;
-  return std::any_of(destinations_.begin() + static_cast<std::ptrdiff_t>(next_destination_),
-                     destinations_.end() - 1, [&](const iovec& iov) {
-                       return range.overlaps(
-                           {reinterpret_cast<std::uint64_t>(iov.iov_base), iov.iov_len});
-                     });
+  return std::any_of(
+      destinations_.begin() + static_cast<std::ptrdiff_t>(next_destination_),
+      destinations_.end() - 1, [&](const iovec& iov) {
+        return range.overlaps({reinterpret_cast<std::uint64_t>(iov.iov_base), iov.iov_len});
+      });
 }
 
 void Lane::block() {

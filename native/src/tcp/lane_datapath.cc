@@ -177,9 +177,9 @@ void Lane::land() {
 
 void Lane::take_ack(std::uint64_t landed_there, Inbox& inbox) {
   if (landed_there < acked_ || landed_there - acked_ > unacked_.size()) {
-    throw FormatError("acknowledgement of " + std::to_string(landed_there) +
-                      " frames; between " + std::to_string(acked_) + " and " +
-                      std::to_string(acked_ + unacked_.size()) + " are possible");
+    throw FormatError("acknowledgement of " + std::to_string(landed_there) + " frames; between " +
+                      std::to_string(acked_) + " and " + std::to_string(acked_ + unacked_.size()) +
+                      " are possible");
   }
   for (; acked_ < landed_there; ++acked_) {
     inbox.acked.push_back(unacked_.front());

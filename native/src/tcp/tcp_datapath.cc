@@ -17,8 +17,8 @@ std::size_t TcpBackend::post_writes(PeerId id, TransferId transfer,
   Peer& peer = found->second;
   std::uint64_t total = 0;
   for (const WriteSlice& slice : slices) total += slice.nbytes;
-  const std::uint64_t share = std::clamp(total / peer.lanes.size(), kMinSplitBytes,
-                                         kTargetFrameBytes);
+  const std::uint64_t share =
+      std::clamp(total / peer.lanes.size(), kMinSplitBytes, kTargetFrameBytes);
   for (auto rest = slices; !rest.empty();) {
     const std::size_t n = frame_extent(rest, share);
     const auto& lane = *std::min_element(

@@ -17,7 +17,7 @@ import aiohttp
 from rdma_kv_cache.batch.errors import BatchError, ServerGoneError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from rdma_kv_cache.batch.lines import Request
 
@@ -48,7 +48,10 @@ class Outcome:
 
 
 class Client:
-    """Sends requests to `base_url` (without /v1). Times are in seconds."""
+    """Sends requests to `base_url` (without /v1). Times are in seconds.
+
+    `why_gone` is asked after each failure: any text means that the server will not come back.
+    """
 
     def __init__(
         self,
@@ -57,18 +60,21 @@ class Client:
         *,
         request_timeout_s: float,
         retry_deadline_s: float,
+        why_gone: Callable[[], str] = str,
     ) -> None:
         self._session = session
         self._base_url = base_url
         self._timeout = aiohttp.ClientTimeout(total=request_timeout_s, sock_connect=30)
         self._retry_deadline_s = retry_deadline_s
+        self._why_gone = why_gone
         self._last_answer = time.monotonic()
 
     async def post(self, request: Request) -> Outcome:
         """Send `request` until it has an answer that retrying cannot change.
 
         Retries begin with the first failure and end `retry_deadline_s` later. Raises
-        ServerGoneError if the server gave no answer to any request in all that time.
+        ServerGoneError if the server gave no answer to any request in all that time, or is known
+        to be gone.
         """
         attempt = 0
         first_failure = 0.0
@@ -77,6 +83,8 @@ class Client:
             attempt += 1
             if not outcome.retryable:
                 return outcome
+            if reason := self._why_gone():
+                raise ServerGoneError(reason)
             now = time.monotonic()
             first_failure = first_failure or now
             pause = retry_after_s if retry_after_s is not None else _backoff(attempt)

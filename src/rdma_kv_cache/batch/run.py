@@ -22,7 +22,7 @@ from rdma_kv_cache.batch.stop import StopSignals
 from rdma_kv_cache.batch.tally import Tally
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
     from pathlib import Path
 
     from rich.console import Console
@@ -35,7 +35,10 @@ TICK_S = 0.5
 
 @dataclass(frozen=True)
 class BatchOptions:
-    """What to run. `url` is the server's with or without /v1; times are in seconds."""
+    """What to run. `url` is the server's with or without /v1; times are in seconds.
+
+    `why_gone` returns a text once it is known that the server will not come back.
+    """
 
     prompts: Path
     out: Path
@@ -47,6 +50,7 @@ class BatchOptions:
     retry_deadline_s: float = 300.0
     drain_timeout_s: float = 10.0
     restart: bool = False
+    why_gone: Callable[[], str] = str
 
     @property
     def base_url(self) -> str:
@@ -86,6 +90,7 @@ async def run_batch(options: BatchOptions, info: InputInfo, console: Console) ->
             options.base_url,
             request_timeout_s=options.request_timeout_s,
             retry_deadline_s=options.retry_deadline_s,
+            why_gone=options.why_gone,
         )
         fingerprint = Fingerprint(info.sha256, options.model or await client.served_model())
         progress = Progress(progress_path(options.out), fingerprint, restart=options.restart)

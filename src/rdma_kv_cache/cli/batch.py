@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from rdma_kv_cache.batch import BatchOptions, BatchResult, InputInfo
+    from rdma_kv_cache.cluster.run_dir import RunDir
 
 EXIT_ERROR_LINES = 1
 EXIT_SERVER_GONE = 3
@@ -134,12 +135,30 @@ def _run_with_engines(
     job = common.load(job_file, overrides)
     common.raise_on_sigterm()
     with common.running_cluster(job_file, job, run_dir) as cluster:
-        result = _run(replace(options, url=cluster.url, api_key=cluster.api_key), info)
+        started = replace(
+            options,
+            url=cluster.url,
+            api_key=cluster.api_key,
+            why_gone=lambda: why_gone(cluster.run_dir),
+        )
+        result = _run(started, info)
         # The run had the signal handlers to itself; the engines still have to be stopped.
         common.raise_on_sigterm()
         common.say("Stopping the engines.")
         cluster.stop(common.STOP_TIMEOUT_S)
     return result
+
+
+def why_gone(run_dir: RunDir) -> str:
+    """Return why the run's orchestrator will not answer any more; "" while it may."""
+    state = run_dir.read_state()
+    if state is None:
+        return ""
+    if state.state in ("FAILED", "DONE"):
+        return f"the run has ended: {state.reason or state.stage}"
+    if not Path(f"/proc/{state.pid}").exists():
+        return f"the orchestrator (pid {state.pid}) has died; see {run_dir.logs}"
+    return ""
 
 
 def _check_output(options: BatchOptions, info: InputInfo) -> None:

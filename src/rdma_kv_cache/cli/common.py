@@ -17,12 +17,15 @@ if TYPE_CHECKING:
     from types import FrameType
 
     from rdma_kv_cache.cluster.launch import Cluster
+    from rdma_kv_cache.cluster.run_dir import RunDir
     from rdma_kv_cache.config import JobConfig
 
     _F = TypeVar("_F", bound=Callable[..., Any])
 
 EXIT_BAD_INPUT = 2
 STOP_TIMEOUT_S = 60.0
+# The orchestrator has the same start timeout and knows the reason better: let it speak first.
+START_MARGIN_S = 30.0
 
 
 class InputError(click.ClickException):
@@ -85,17 +88,38 @@ def running_cluster(job_file: Path, job: JobConfig, run_dir: Path | None) -> Ite
 
     stamp = time.strftime("%Y%m%d-%H%M%S")
     folder = RunDir(run_dir or Path("runs") / f"{job_file.stem}-{stamp}-{os.getpid()}")
+    copy = write_job(folder, job)
     say(f"Run folder {folder.path}")
     started = time.monotonic()
     try:
-        with Cluster(job_file, job, folder) as cluster:
+        with Cluster(copy, job, folder) as cluster:
             cluster.wait_ready(
-                job.orchestrator.engine_start_timeout_s,
+                job.orchestrator.engine_start_timeout_s + START_MARGIN_S,
                 on_stage=lambda stage: say(f"[{time.monotonic() - started:5.1f} s] {stage}"),
             )
             yield cluster
+    except KeyboardInterrupt as interrupt:
+        raise SystemExit(128 + signal.SIGINT) from interrupt
     except ClusterError as error:
         raise click.ClickException(f"{error}\nLogs: {folder.logs}") from error
+
+
+def write_job(folder: RunDir, job: JobConfig) -> Path:
+    """Write the job after all overrides, so that every rank reads the same one.
+
+    It may hold the API key: only the user may read it.
+    """
+    from rdma_kv_cache.config import dump_job
+
+    copy = folder.path / "job.yaml"
+    try:
+        folder.create()
+        copy.unlink(missing_ok=True)
+        copy.touch(mode=0o600)
+        copy.write_text(dump_job(job), encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"cannot write the run folder {folder.path}: {error.strerror}.") from error
+    return copy
 
 
 def say(text: str) -> None:

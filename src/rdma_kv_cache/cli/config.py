@@ -55,5 +55,7 @@ def _print_keys() -> None:
     for row in key_rows():
         table.add_row(*row)
     console = Console(markup=False)
-    # Into a file or a pager nothing should be cut.
-    console.print(table, width=None if console.is_terminal else 160)
+    if not console.is_terminal:
+        # Into a file or a pager nothing is to be folded.
+        console.width = 160
+    console.print(table)

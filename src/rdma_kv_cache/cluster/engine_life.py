@@ -18,6 +18,7 @@ from rdma_kv_cache.cluster.vllm_process import (
     VllmProcess,
     free_port,
     is_port_taken,
+    vllm_command,
     vllm_environment,
 )
 
@@ -34,8 +35,6 @@ if TYPE_CHECKING:
         WorkerHello,
         WorkerId,
     )
-
-    BuildCommand = Callable[[JobConfig, EngineSpec], list[str]]
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +73,6 @@ class EngineLife:
         bind_host: str,
         api_key: str,
         log_file: Path,
-        build_command: BuildCommand,
         events: LifeEvents,
     ) -> None:
         self.hello = hello
@@ -84,7 +82,6 @@ class EngineLife:
         self._bind_host = bind_host
         self._api_key = api_key
         self._log_file = log_file
-        self._build_command = build_command
         self._events = events
         self._server = BootstrapServer(hello, self)
         self._process: VllmProcess | None = None
@@ -97,6 +94,11 @@ class EngineLife:
     def pid(self) -> int:
         """The pid of the vLLM server; 0 while none runs."""
         return self._process.pid if self._process is not None and self._process.is_running else 0
+
+    @property
+    def outcome(self) -> str:
+        """How vLLM ended, in words."""
+        return "was not started" if self._process is None else self._process.outcome
 
     async def start(self) -> None:
         """Open the bootstrap socket and start vLLM."""
@@ -190,7 +192,7 @@ class EngineLife:
         )
         self.url = spec.url
         self._events.url_chosen()
-        command = self._build_command(self._job, spec)
+        command = vllm_command(self._job, spec)
         environment = vllm_environment(self._job, spec, os.environ, self._api_key)
         self._process = await VllmProcess.start(command, environment, self._log_file)
         log.info("%s: vLLM started, pid %d, %s", spec.engine, self._process.pid, spec.url)
@@ -210,8 +212,7 @@ class EngineLife:
         """Raise EngineFailed if going on with `stage` is of no use."""
         who = self.hello.engine
         if self._process is None or not self._process.is_running:
-            how = self._process.outcome if self._process is not None else "was not started"
-            raise EngineFailed(f"{who}: vLLM {how} while {stage}; see {self._log_file}")
+            raise EngineFailed(f"{who}: vLLM {self.outcome} while {stage}; see {self._log_file}")
         patience = PAIR_PATIENCE * self._job.rdma.connect_timeout_s
         failure = self.links.failure(time.monotonic(), patience)
         if failure is not None:

@@ -65,7 +65,7 @@ def descendants(pid: int) -> list[int]:
 
 def reap() -> dict[int, int]:
     """Collect every child that has ended: pid -> return code, as subprocess gives it."""
-    ended = {}
+    ended: dict[int, int] = {}
     while True:
         try:
             pid, status = os.waitpid(-1, os.WNOHANG)
@@ -123,9 +123,9 @@ def main(arguments: list[str]) -> int:
     if os.getppid() != owner:  # it died before prctl was called
         return 1
     try:
-        # preexec_fn is safe here: there is one thread. The program's output goes where our
-        # errors go; our own output is the pid alone.
-        child = subprocess.Popen(program, stdout=2, preexec_fn=_enter_program)
+        # The program's output goes where our errors go; our own output is the pid alone.
+        # One thread, so preexec_fn is safe.
+        child = subprocess.Popen(program, stdout=2, preexec_fn=_enter_program)  # noqa: PLW1509
     except OSError as error:
         sys.stderr.write(f"cannot start {program[0]}: {error}\n")
         return 127

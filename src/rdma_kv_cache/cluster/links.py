@@ -90,7 +90,9 @@ class Links:
 
     def has_all_offers(self) -> bool:
         """Whether every pair with every peer has been offered."""
-        return all(pair in self._offers for peer in self.peers.values() for pair in self.pairs(peer))
+        return all(
+            pair in self._offers for peer in self.peers.values() for pair in self.pairs(peer)
+        )
 
     def is_connected(self, engine: str) -> bool:
         """Whether all pairs with this peer engine are connected."""
@@ -141,7 +143,7 @@ class Links:
     def _forget(self, peer: EngineHello) -> None:
         for table in (self._offers, self._received, self._states, self._failing_since):
             for pair in [pair for pair in table if pair[1].engine == peer.engine]:
-                del table[pair]  # type: ignore[attr-defined]
+                del table[pair]
 
 
 def _workers(hello: EngineHello) -> list[WorkerId]:

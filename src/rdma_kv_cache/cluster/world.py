@@ -67,8 +67,9 @@ class World:
 
     def peers(self) -> list[EngineHello]:
         """Return the hellos of the engines of the other role; none for the orchestrator."""
-        return [h for h in self.hellos if ORCHESTRATOR not in (h.role, self.role)
-                and h.role != self.role]
+        if self.role == ORCHESTRATOR:
+            return []
+        return [h for h in self.hellos if h.role not in (self.role, ORCHESTRATOR)]
 
     def bind_host(self) -> str:
         """Return the address that this rank's servers bind: loopback if all share one host.
@@ -96,7 +97,7 @@ class World:
         received = array("q", bytes(8 * self.size))
         request = self._comm.Ialltoall([sent, self._mpi.INT64_T], [received, self._mpi.INT64_T])
         self._complete(request, "exchange of endpoint sizes", self.timeout_s)
-        for hello, nbytes in zip(self.hellos, received):  # noqa: B905 - strict needs no check here
+        for hello, nbytes in zip(self.hellos, received, strict=True):
             if not 0 <= nbytes <= MAX_FRAME_BYTES:
                 raise ProtocolError(f"{hello.engine} offers {nbytes} bytes of endpoints")
         outbox, inbox = b"".join(parts), bytearray(sum(received))

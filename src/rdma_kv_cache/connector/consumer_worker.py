@@ -29,8 +29,6 @@ from rdma_kv_cache.connector.messages import (
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    import numpy.typing as npt
-
     from rdma_kv_cache.connector.layout import KVLayout
     from rdma_kv_cache.connector.metadata import Load, RemoteTransfer, StepMetadata
     from rdma_kv_cache.connector.peers import Peer, Peers
@@ -210,9 +208,9 @@ class ConsumerWorker:
         self._finished.add(incoming.load.req_id)
 
     def _damaged_pages(self, messages: list[Checksums]) -> int:
-        addresses = _joined([m.addresses for m in messages], np.int64)
-        sizes = _joined([m.sizes for m in messages], np.int64)
-        sums = _joined([m.sums for m in messages], np.uint64)
+        addresses = np.frombuffer(b"".join(m.addresses for m in messages), dtype=np.int64)
+        sizes = np.frombuffer(b"".join(m.sizes for m in messages), dtype=np.int64)
+        sums = np.frombuffer(b"".join(m.sums for m in messages), dtype=np.uint64)
         inside = np.zeros(len(addresses), dtype=np.bool_)
         for base, nbytes in self._layout.storages:
             inside |= (addresses >= base) & (sizes >= 0) & (addresses + sizes <= base + nbytes)
@@ -250,7 +248,3 @@ class ConsumerWorker:
         for engine, transfer_ids in by_engine.items():
             if (peer := self._peers.find(engine, self._tp_rank)) is not None:
                 self._peers.send(peer, Renew(transfer_ids))
-
-
-def _joined(parts: list[bytes], dtype: type[np.generic]) -> npt.NDArray[np.generic]:
-    return np.frombuffer(b"".join(parts), dtype=dtype)

@@ -72,6 +72,7 @@ class Peers:
         self._by_worker: dict[WorkerId, Peer] = {}
         self._by_native: dict[int, Peer] = {}
         self._retries: dict[WorkerId, tuple[float, int]] = {}
+        self.probes = 0
 
     def find(self, engine: str, tp_rank: int) -> Peer | None:
         """The usable peer that is this TP rank of this engine, in whichever incarnation lives."""
@@ -182,6 +183,7 @@ class Peers:
         source, size = peer.probe.ctypes.data, PROBE_BYTES
         self._engine.write(native, _int64(source), _int64(peer.remote.probe_address), _int64(size))
         self._engine.signal(native, PROBE_IMM)
+        self.probes += 1
         self.send(peer, Probe(_checksum(source)))
 
     def probe_written(self, peer: Peer) -> None:

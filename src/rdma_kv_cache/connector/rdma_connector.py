@@ -171,8 +171,8 @@ class RDMAConnector(KVConnectorBase_V1, SupportsHMA):
         return self._the_worker.take_failed_blocks()
 
     def get_kv_connector_stats(self) -> TransferStats | None:
-        """See base class."""
-        return self._the_worker.take_stats()
+        """See base class; asked of the scheduler side as well, which has none."""
+        return None if self._worker is None else self._worker.take_stats()
 
     def shutdown(self) -> None:
         """See base class."""

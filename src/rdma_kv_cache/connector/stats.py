@@ -36,7 +36,7 @@ class TransferStats(KVConnectorStats):
 
     def reset(self) -> None:
         """Forget everything."""
-        self.data = {}
+        self.data: dict[str, Any] = {}
 
     def add(self, name: str, value: float) -> None:
         """Increase one of COUNTERS."""

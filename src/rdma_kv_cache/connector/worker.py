@@ -159,7 +159,7 @@ class ConnectorWorker:
     def take_stats(self) -> TransferStats | None:
         """What happened since the last call, or None."""
         with self._lock:
-            writes = int(self._engine.stats()["writes_posted"])
+            writes = int(self._engine.stats()["descriptors_out"]) - self._peers.probes
             if writes > self._writes_reported:
                 self._stats.add("writes", writes - self._writes_reported)
                 self._writes_reported = writes

@@ -43,6 +43,9 @@ class Engine:
     peers_expected: int = 0
     last_heartbeat: float | None = None
     last_healthy: float = 0.0
+    failed_checks: int = 0
+    last_answer: float = 0.0
+    """When a leg last got something from the engine."""
     short_of_peers_since: float | None = None
     condemned: int = 0
     """The incarnation that was told to restart: its late READY heartbeats do not count."""
@@ -153,6 +156,7 @@ class Registry:
         engine.state, engine.reason = state, reason
         if state == "READY":
             engine.last_healthy = time.monotonic()
+            engine.failed_checks = 0
         else:
             for leg in list(engine.legs):
                 leg.abort(f"the engine is {state}: {reason}")

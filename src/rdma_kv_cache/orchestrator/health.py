@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-MISSED_HEARTBEATS = 5
 PROBE_ATTEMPTS = 3
 # A hung engine is to be found within health_timeout_s, so one check may take only part of it.
 CHECKS_PER_TIMEOUT = 4
+RECONNECT_ATTEMPTS = 3
 _CONCURRENT_PROBES = 8
 
 
@@ -39,6 +39,10 @@ class Monitor:
         self._session = session
         self._settings = job.orchestrator
         self._probe_timeout_s = job.rdma.transfer_timeout_s + self._settings.health_timeout_s
+        # Workers connect anew by themselves, so a lost pair of engines that serve gets its time.
+        self._reconnect_s = RECONNECT_ATTEMPTS * job.rdma.connect_timeout_s
+        self._next_peer_check = 0.0
+        self._last_silence_check = time.monotonic()
         self._probe_slots = asyncio.Semaphore(_CONCURRENT_PROBES)
         self._proved = False
         self._probes: dict[tuple[int, int], asyncio.Task[bool]] = {}
@@ -87,12 +91,16 @@ class Monitor:
             await asyncio.sleep(self._settings.heartbeat_s)
 
     async def _check_silence(self) -> None:
-        limit = MISSED_HEARTBEATS * self._settings.heartbeat_s
+        now = time.monotonic()
+        # When this process was not scheduled itself, the heartbeats of that time are unread.
+        stalled = max(0.0, now - self._last_silence_check - 2 * self._settings.heartbeat_s)
+        self._last_silence_check = now
         for engine in self._registry.engines.values():
             if engine.last_heartbeat is None or engine.state in ("LOST", "STOPPED"):
                 continue
-            silent = time.monotonic() - engine.last_heartbeat
-            if silent > limit:
+            engine.last_heartbeat += stalled
+            silent = now - engine.last_heartbeat
+            if silent > self._settings.health_timeout_s:
                 self._registry.lose(engine, f"no heartbeat of its rank for {silent:.1f} s")
 
     async def _check_health(self) -> None:
@@ -107,48 +115,54 @@ class Monitor:
             async with self._session.get(engine.url + "/health", timeout=timeout) as response:
                 if response.status == 200:
                     engine.last_healthy = time.monotonic()
+                    engine.failed_checks = 0
                     return
                 reason = f"HTTP {response.status}"
         except (aiohttp.ClientError, asyncio.TimeoutError, OSError) as error:
             reason = str(error) or f"no answer in {limit / CHECKS_PER_TIMEOUT:g} s"
+        if not engine.ready or engine.incarnation != incarnation:
+            return
+        engine.failed_checks += 1
         unhealthy = time.monotonic() - engine.last_healthy
-        if engine.ready and engine.incarnation == incarnation and unhealthy > limit:
+        # One check may fail because this process was not scheduled itself.
+        if unhealthy > limit and engine.failed_checks > 1:
             self._hub.restart(engine, f"GET /health fails for {unhealthy:.1f} s: {reason}")
 
     async def _check_peers(self) -> None:
-        """Mend a pair that lost its connection although both engines run.
+        """Restart what keeps a pair apart although all engines run.
 
-        An endpoint belongs to one incarnation of both ends, so only a restart brings the pair
-        back. The engine that does not serve a request of its own is the one that hangs (a
-        stopped engine core still answers GET /health); if all serve, prefill restarts, since
-        decode can do without it meanwhile.
+        An engine that does not serve a request of its own hangs (a stopped engine core still
+        answers GET /health). If all serve and their workers do not find together again,
+        prefill restarts, since decode can do without it meanwhile.
         """
         engines = list(self._registry.engines.values())
-        if not all(engine.ready for engine in engines):
-            return
-        patience = self._settings.health_timeout_s
         now = time.monotonic()
-        short = [
-            engine
-            for engine in engines
-            if engine.short_of_peers_since and now - engine.short_of_peers_since > patience
-        ]
-        if not short:
+        if now < self._next_peer_check or not all(engine.ready for engine in engines):
+            return
+        since = {e: now - e.short_of_peers_since for e in engines if e.short_of_peers_since}
+        patience = self._settings.health_timeout_s
+        if max(since.values(), default=0.0) < patience:
             return
         served = await asyncio.gather(*map(self._serves_alone, engines))
-        hung = [engine for engine, serves in zip(engines, served, strict=True) if not serves]
-        suspects = hung or [engine for engine in short if engine.role == "prefill"] or short
-        reason = "it does not serve a request" if hung else "its connection to a peer was lost"
+        suspects = [engine for engine, serves in zip(engines, served, strict=True) if not serves]
+        reason = "it lost its peers and does not serve a request"
+        if not suspects:
+            self._next_peer_check = now + patience
+            short = [e for e, seconds in since.items() if seconds > patience + self._reconnect_s]
+            suspects = [engine for engine in short if engine.role == "prefill"] or short
+            reason = "its connection to a peer does not come back"
         for engine in suspects:
             if engine.ready:
                 self._hub.restart(engine, reason)
 
     async def _serves_alone(self, engine: Engine) -> bool:
+        started = time.monotonic()
         try:
             await serve_probe(self._session, None, engine, self._settings.health_timeout_s)
         except ProbeError as error:
             log.warning("%s", error)
-            return False
+            # Under load the probe may wait its turn while others are answered.
+            return engine.last_answer > started
         return True
 
     async def _probe_new_pairs(self) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -92,7 +93,9 @@ class Leg:
         """Return the stream's next bytes as they arrive, b"" at its end. Raises LegError."""
         assert self._response is not None
         with self._named_errors():
-            return await self._response.content.readany()
+            chunk = await self._response.content.readany()
+        self.engine.last_answer = time.monotonic()
+        return chunk
 
     def abort(self, reason: str) -> None:
         """End the exchange because the engine is out of service."""
@@ -120,6 +123,7 @@ class Leg:
             content_type = response.headers.get("Content-Type", "application/json")
             streaming = content_type.startswith("text/event-stream")
             body = await (response.content.readany() if streaming else response.read())
+        self.engine.last_answer = time.monotonic()
         if streaming and not body:
             raise LegError(self.engine, f"HTTP {response.status}, and the stream ended empty")
         return Answer(response.status, content_type, body, streaming)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import aiohttp
 from aiohttp import web
 
+from rdma_kv_cache.cluster.threads import in_thread
 from rdma_kv_cache.orchestrator.admission import Admission
 from rdma_kv_cache.orchestrator.app import Gateway
 from rdma_kv_cache.orchestrator.auth import resolve_key
@@ -181,10 +182,10 @@ class Server:
 
     async def _bring_up(self) -> None:
         try:
-            await asyncio.to_thread(self._world.share_url, self._progress.url)
-            await asyncio.to_thread(self._world.exchange, {})
+            await in_thread(lambda: self._world.share_url(self._progress.url))
+            await in_thread(lambda: self._world.exchange({}))
             self._progress.enter("STARTING", "the engines connect")
-            await asyncio.to_thread(self._world.barrier)
+            await in_thread(self._world.barrier)
             self._progress.enter("STARTING", "a probe goes through every pair")
             while not all(engine.ready for engine in self._registry.engines.values()):
                 self._changed.clear()

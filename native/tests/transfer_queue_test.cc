@@ -1,0 +1,109 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "core/transfer_queue.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <sstream>
+
+namespace rkv {
+namespace {
+
+/// Writes down what is posted and takes at most `room` slices at a time.
+class RecordingBackend final : public Backend {
+ public:
+  std::ostringstream log;
+  std::size_t room = SIZE_MAX;
+
+  [[nodiscard]] std::string_view name() const override { return "recording"; }
+  [[nodiscard]] std::uint8_t lanes() const override { return 0; }
+  void attach(EventLoop& /*loop*/) override {}
+  Bytes register_memory(RegionId /*region*/, MemoryRange /*range*/) override { return {}; }
+  void deregister_memory(RegionId /*region*/) override {}
+  Bytes create_endpoint(PeerId /*peer*/) override { return {}; }
+  void connect(PeerId /*peer*/, PeerLink /*link*/) override {}
+  std::size_t post_writes(PeerId /*peer*/, TransferId transfer,
+                          std::span<const WriteSlice> slices) override {
+    const std::size_t taken = std::min(room, slices.size());
+    room -= taken;
+    if (taken > 0) log << "w" << transfer << "x" << taken << " ";
+    return taken;
+  }
+  bool post_signal(PeerId /*peer*/, std::uint32_t imm) override {
+    log << "s" << imm << " ";
+    return true;
+  }
+  void close_peer(PeerId /*peer*/) override {}
+  bool progress(std::vector<Completion>& /*completions*/) override { return false; }
+  void add_stats(Stats& /*stats*/) const override {}
+};
+
+std::vector<WriteSlice> slices(std::size_t n, RegionId region = 0) {
+  return std::vector<WriteSlice>(n, {0, 0, 4096, region, 0});
+}
+
+TEST(TransferQueue, KeepsAtMostQueueDepthInFlight) {
+  RecordingBackend backend;
+  TransferQueue queue(1, 4);
+  queue.add_write(1, slices(3));
+  queue.add_write(2, slices(3));
+  EXPECT_TRUE(queue.post(backend));
+  EXPECT_EQ(backend.log.str(), "w1x3 w2x1 ");
+  EXPECT_EQ(queue.in_flight(), 4U);
+  EXPECT_FALSE(queue.post(backend));
+  EXPECT_TRUE(queue.landed(1, 3));
+  EXPECT_TRUE(queue.post(backend));
+  EXPECT_EQ(backend.log.str(), "w1x3 w2x1 w2x2 ");
+  EXPECT_FALSE(queue.landed(2, 2));
+  EXPECT_TRUE(queue.landed(2, 1));
+  EXPECT_EQ(queue.in_flight(), 0U);
+  EXPECT_EQ(queue.outstanding(), 0U);
+}
+
+TEST(TransferQueue, OffersTheRestAgainWhenTheBackendIsFull) {
+  RecordingBackend backend;
+  TransferQueue queue(1, 100);
+  queue.add_write(1, slices(5));
+  backend.room = 2;
+  EXPECT_TRUE(queue.post(backend));
+  EXPECT_FALSE(queue.post(backend));
+  backend.room = 9;
+  EXPECT_TRUE(queue.post(backend));
+  EXPECT_EQ(backend.log.str(), "w1x2 w1x3 ");
+}
+
+TEST(TransferQueue, SignalsStayBehindEarlierWrites) {
+  RecordingBackend backend;
+  TransferQueue queue(1, 2);
+  queue.add_signal(7);
+  queue.add_write(1, slices(3));
+  queue.add_signal(8);
+  queue.post(backend);
+  EXPECT_EQ(backend.log.str(), "s7 w1x2 ");
+  EXPECT_FALSE(queue.landed(1, 2));
+  queue.post(backend);
+  EXPECT_EQ(backend.log.str(), "s7 w1x2 w1x1 s8 ");
+}
+
+TEST(TransferQueue, AbandonNamesWhatDidNotComplete) {
+  RecordingBackend backend;
+  TransferQueue queue(1, 2);
+  queue.add_write(1, slices(1));
+  queue.add_write(2, slices(5));
+  queue.add_write(3, slices(1));
+  queue.post(backend);
+  EXPECT_TRUE(queue.landed(1, 1));
+  EXPECT_EQ(queue.abandon(), (std::vector<TransferId>{2, 3}));
+  EXPECT_TRUE(queue.abandon().empty());
+  EXPECT_FALSE(queue.post(backend));
+}
+
+TEST(TransferQueue, KnowsWhichRegionsItReads) {
+  TransferQueue queue(1, 2);
+  queue.add_write(1, slices(2, 5));
+  EXPECT_TRUE(queue.reads_from(5));
+  EXPECT_FALSE(queue.reads_from(4));
+}
+
+}  // namespace
+}  // namespace rkv

@@ -1,0 +1,234 @@
+"""
+The native transfer engine: writes of many ranges straight into a peer's memory, then one signal. Knows addresses and bytes, not models. Every call that can wait releases the GIL.
+"""
+from __future__ import annotations
+import collections.abc
+import enum
+import numpy
+import numpy.typing
+import typing
+__all__: list[str] = ['BackendInfo', 'Endpoint', 'Engine', 'EngineConfig', 'Event', 'EventKind', 'LocalMemory', 'checksum', 'probe_backends']
+class EngineConfig:
+    """
+    Immutable settings of an Engine.
+    """
+    def __init__(self, *, backend: str = 'auto', bind_host: str = '127.0.0.1', block_size: typing.SupportsInt | typing.SupportsIndex = 1048576, queue_depth: typing.SupportsInt | typing.SupportsIndex = 1024, qps_per_peer: typing.SupportsInt | typing.SupportsIndex = 2, peer_timeout_s: typing.SupportsFloat | typing.SupportsIndex = 5.0, connect_timeout_s: typing.SupportsFloat | typing.SupportsIndex = 15.0, spin_us: typing.SupportsInt | typing.SupportsIndex = 50) -> None:
+        """
+        Raises ValueError naming the field that is out of range.
+        """
+    @property
+    def backend(self) -> str:
+        """
+        'auto' (the best usable one), 'tcp', 'verbs' or 'cuda_ipc'.
+        """
+    @property
+    def bind_host(self) -> str:
+        """
+        Address or name that peers reach this engine at; never a wildcard.
+        """
+    @property
+    def block_size(self) -> int:
+        """
+        Bytes, 4 KiB to 8 MiB: longer runs are sliced into blocks of this size.
+        """
+    @property
+    def connect_timeout_s(self) -> float:
+        """
+        Seconds from connect() until both sides must be ready.
+        """
+    @property
+    def peer_timeout_s(self) -> float:
+        """
+        Seconds of silence after which a peer is lost; a heartbeat goes out every fifth of it.
+        """
+    @property
+    def qps_per_peer(self) -> int:
+        """
+        Data connections to each peer.
+        """
+    @property
+    def queue_depth(self) -> int:
+        """
+        Slices per peer that may be posted and not yet acknowledged; further ones wait inside the engine.
+        """
+    @property
+    def spin_us(self) -> int:
+        """
+        Microseconds that the progress thread polls after activity before it blocks.
+        """
+class EventKind(enum.Enum):
+    """
+    What an Event reports.
+    """
+    CONNECTED: typing.ClassVar[EventKind]
+    IMM: typing.ClassVar[EventKind]
+    MESSAGE: typing.ClassVar[EventKind]
+    PEER_LOST: typing.ClassVar[EventKind]
+    TRANSFER_DONE: typing.ClassVar[EventKind]
+    TRANSFER_FAILED: typing.ClassVar[EventKind]
+    @classmethod
+    def __new__(cls, value):
+        ...
+class Event:
+    """
+    One thing that happened. Fields that the kind does not use are 0 or empty.
+    
+    CONNECTED: writes to the peer can land, and its own.
+    TRANSFER_DONE: the bytes of write `id` are in the peer's memory.
+    TRANSFER_FAILED: write `id` will not complete, for `reason`; any part of it may have landed.
+    IMM: the peer's signal `imm`; all its earlier writes have landed here.
+    MESSAGE: the peer's send() of `data`.
+    PEER_LOST: fenced for `reason`; the last event of this peer.
+    """
+    def __repr__(self) -> str:
+        ...
+    @property
+    def data(self) -> bytes:
+        ...
+    @property
+    def id(self) -> int:
+        ...
+    @property
+    def imm(self) -> int:
+        ...
+    @property
+    def kind(self) -> EventKind:
+        ...
+    @property
+    def peer(self) -> int:
+        ...
+    @property
+    def reason(self) -> str:
+        ...
+class BackendInfo:
+    """
+    Whether a backend can be used on this host.
+    """
+    def __repr__(self) -> str:
+        ...
+    @property
+    def name(self) -> str:
+        ...
+    @property
+    def reason(self) -> str:
+        """
+        What it uses, or what is missing.
+        """
+    @property
+    def usable(self) -> bool:
+        ...
+class LocalMemory:
+    """
+    Registered memory; see Engine.register_memory().
+    """
+    def close(self) -> None:
+        """
+        Fence: when it returns nothing can land in the memory any more. Peers with a write half done into it, or outstanding out of it, are lost. Also done on collection.
+        """
+    @property
+    def descriptor(self) -> bytes:
+        """
+        Bytes for the peers that shall write into this memory.
+        """
+    @property
+    def nbytes(self) -> int:
+        ...
+    @property
+    def ptr(self) -> int:
+        ...
+class Endpoint:
+    """
+    This side of one connection to be made.
+    """
+    @property
+    def descriptor(self) -> bytes:
+        """
+        Bytes for exactly one peer's connect(); whoever holds them may connect.
+        """
+    @property
+    def peer(self) -> int:
+        """
+        Names the peer in all calls and events.
+        """
+class Engine:
+    """
+    Writes into the memory of peers, and lets peers write into registered memory.
+    
+    One progress thread does the work; every method may be called from any thread. After close() all but poll(), wait() and close() raise RuntimeError.
+    """
+    def __init__(self, config: EngineConfig, incarnation: typing.SupportsInt | typing.SupportsIndex) -> None:
+        """
+        Starts the progress thread and listens on config.bind_host.
+        
+        `incarnation` (u64, not 0) tells this engine from its predecessors. Raises ValueError for an unknown backend or incarnation 0, RuntimeError with the reason for a backend that is not usable here.
+        """
+    def close(self) -> None:
+        """
+        Tells the peers, fences them, fails outstanding writes and joins the progress thread. Idempotent.
+        """
+    def close_peer(self, peer: typing.SupportsInt | typing.SupportsIndex) -> None:
+        """
+        Fence: when it returns nothing of that peer can land, and its outstanding writes have their TRANSFER_FAILED. A peer already closed is ignored.
+        """
+    def connect(self, peer: typing.SupportsInt | typing.SupportsIndex, descriptor: bytes, memory: collections.abc.Sequence[bytes]) -> None:
+        """
+        Connects an endpoint to the peer's endpoint `descriptor`; `memory` lists descriptors of the peer's memory.
+        
+        Asynchronous, called by both sides at their own time; CONNECTED or PEER_LOST follows. Writes and signals queued meanwhile go out once connected. Raises ValueError naming what is wrong with a descriptor.
+        """
+    def create_endpoint(self, label: str) -> Endpoint:
+        """
+        One endpoint for one peer. `label`, such as 'decode-0/0', only names it in texts.
+        """
+    def peer_stats(self, peer: typing.SupportsInt | typing.SupportsIndex) -> dict[str, int | float]:
+        """
+        Counters of one peer. Raises ValueError for a closed one.
+        """
+    def poll(self, max_events: typing.SupportsInt | typing.SupportsIndex = 256) -> list[Event]:
+        """
+        The oldest events, at most `max_events`, without blocking.
+        """
+    def register_memory(self, ptr: typing.SupportsInt | typing.SupportsIndex, nbytes: typing.SupportsInt | typing.SupportsIndex, kind: str = 'host') -> LocalMemory:
+        """
+        Makes [ptr, ptr + nbytes) a source of writes and a target of peers.
+        
+        The caller keeps it mapped until LocalMemory.close(). Raises ValueError for an empty range or an unknown kind.
+        """
+    def send(self, peer: typing.SupportsInt | typing.SupportsIndex, data: bytes) -> None:
+        """
+        Queues a message of at most 1 MiB. Messages keep their order among themselves and have none against writes and signals.
+        """
+    def signal(self, peer: typing.SupportsInt | typing.SupportsIndex, imm: typing.SupportsInt | typing.SupportsIndex) -> None:
+        """
+        Queues an IMM event (u32) for the peer, delivered after every earlier write to it has landed. Signals keep their order.
+        """
+    def stats(self) -> dict[str, int | float]:
+        """
+        Counters since the start, and seconds spent posting.
+        """
+    def wait(self, timeout_s: typing.SupportsFloat | typing.SupportsIndex) -> bool:
+        """
+        True as soon as an event is queued, False after `timeout_s` seconds without one.
+        """
+    def write(self, peer: typing.SupportsInt | typing.SupportsIndex, src: numpy.typing.NDArray[numpy.int64], dst: numpy.typing.NDArray[numpy.int64], nbytes: numpy.typing.NDArray[numpy.int64]) -> int:
+        """
+        Queues one transfer of n ranges and returns its id (> 0).
+        
+        Three int64 arrays of shape (n,), C-contiguous: local addresses, addresses at the peer, bytes. Adjacent rows are joined, long runs sliced to block_size. Never blocks and never fails for want of room; ends in exactly one TRANSFER_DONE or TRANSFER_FAILED, until when the source bytes must not change. Raises ValueError naming the first row outside registered memory, RuntimeError when the peer is lost or connect() was not called.
+        """
+    @property
+    def backend(self) -> str:
+        ...
+    @property
+    def incarnation(self) -> int:
+        ...
+def checksum(addresses: numpy.typing.NDArray[numpy.int64], nbytes: numpy.typing.NDArray[numpy.int64]) -> numpy.typing.NDArray[numpy.uint64]:
+    """
+    XXH64 (seed 0) of each range of this process's memory.
+    
+    Two int64 arrays of shape (n,): addresses and bytes; returns uint64 of shape (n,). The memory must be mapped: addresses are not checked.
+    """
+def probe_backends() -> list[BackendInfo]:
+    """
+    What this host offers to each backend, best first.
+    """
