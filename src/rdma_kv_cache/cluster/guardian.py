@@ -4,11 +4,17 @@
 vLLM's engine core and workers outlive a killed API server, and a process can ask the kernel to
 end only itself with its parent (PR_SET_PDEATHSIG). So this small process stands between: it
 adopts every orphan below it (PR_SET_CHILD_SUBREAPER), and ends them all when the program has
-ended, on SIGUSR1, or when its owner is gone. SIGTERM and SIGINT are passed to the program.
+ended, on SIGQUIT, or when its parent is gone. SIGTERM and SIGINT are passed to the program, which
+has a process group of its own.
+
+It also stands between mpiexec and each rank. MPICH's proxy (5.0.2) ends all ranks when it reaps
+one that died of a signal, in spite of -disable-auto-cleanup (seen in 5 of 15 runs); a guardian
+never ends by its program's signal.
 
 It is run by path, without the package, and uses the standard library alone:
-    python -I -S guardian.py OWNER_PID PROGRAM [ARGUMENT...]
-It prints the program's pid, and exits with the program's code, or 128 + its signal.
+    python -I -S guardian.py PARENT_PID PROGRAM [ARGUMENT...]        (PARENT_PID 0: any parent)
+It prints the program's pid, and exits with the program's code, or 128 + its signal. The
+program's output goes to the guardian's stderr.
 """
 
 from __future__ import annotations
@@ -20,12 +26,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 # prctl(2)
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 
-KILL_ALL = signal.SIGUSR1
+KILL_ALL = signal.SIGQUIT
 WATCHED = (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, KILL_ALL)
 # A process in uninterruptible sleep ignores SIGKILL; waiting longer does not help it.
 SWEEP_LIMIT_S = 10.0
@@ -110,22 +120,37 @@ def guard(pid: int) -> int:
 
 
 def _enter_program() -> None:
+    # A signal for a whole group (mpiexec sends such ones) must not reach the program twice.
+    os.setpgid(0, 0)
     prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, WATCHED)
 
 
+def guarded(program: Sequence[str], parent: int) -> list[str]:
+    """Return the command line that runs `program` under a guardian that is a child of `parent`."""
+    return [sys.executable, "-I", "-S", __file__, str(parent), *program]
+
+
 def main(arguments: list[str]) -> int:
     """Run the program; return its exit code, or 128 + the signal that ended it, as shells do."""
-    owner, program = int(arguments[0]), arguments[1:]
+    parent, program = int(arguments[0]), arguments[1:]
     signal.pthread_sigmask(signal.SIG_BLOCK, WATCHED)
+    # MPICH's proxy tells the living ranks of a dead one by SIGUSR1. A handler, because SIG_IGN
+    # would be inherited by the program.
+    signal.signal(signal.SIGUSR1, lambda *_: None)
     prctl(PR_SET_CHILD_SUBREAPER, 1)
     prctl(PR_SET_PDEATHSIG, KILL_ALL)
-    if os.getppid() != owner:  # it died before prctl was called
+    if parent not in (0, os.getppid()):  # it died before prctl was called
         return 1
     try:
-        # The program's output goes where our errors go; our own output is the pid alone.
+        # close_fds=False: a rank speaks PMI over a descriptor that it inherits.
         # One thread, so preexec_fn is safe.
-        child = subprocess.Popen(program, stdout=2, preexec_fn=_enter_program)  # noqa: PLW1509
+        child = subprocess.Popen(
+            program,
+            stdout=2,
+            close_fds=False,
+            preexec_fn=_enter_program,  # noqa: PLW1509
+        )
     except OSError as error:
         sys.stderr.write(f"cannot start {program[0]}: {error}\n")
         return 127

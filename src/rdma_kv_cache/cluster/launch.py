@@ -54,9 +54,10 @@ def mpiexec_command(mpiexec: str, ranks: int, program: list[str]) -> list[str]:
 
     -disable-auto-cleanup: a rank that dies must not take the others with it (MPICH ends them all
     by default). -launcher fork: no ssh, and not the nodes of a Slurm job that this may run in.
+    Each rank has a guardian, see there.
     """
     options = ["-launcher", "fork", "-disable-auto-cleanup", "-prepend-rank", "-n", str(ranks)]
-    return [mpiexec, *options, *program]
+    return [mpiexec, *options, *guardian.guarded(program, parent=0)]
 
 
 class Cluster:
@@ -79,7 +80,7 @@ class Cluster:
         command = mpiexec_command(find_mpiexec(), self._job.world_size, rank)
         with self.run_dir.launcher_log.open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-I", "-S", guardian.__file__, str(os.getpid()), *command],
+                guardian.guarded(command, os.getpid()),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=log,

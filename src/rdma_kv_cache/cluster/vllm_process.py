@@ -149,7 +149,7 @@ class VllmProcess:
         """Start `command`; its output is appended to `log_file`."""
         with log_file.open("ab") as log:
             process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-I", "-S", guardian.__file__, str(os.getpid()), *command),
+                *guardian.guarded(command, os.getpid()),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=log,
@@ -204,8 +204,10 @@ class VllmProcess:
             return  # it ended by itself; wait() says how
 
     def _kill_group(self) -> None:
+        if self.pid == 0:  # it was never started
+            return
         try:
-            os.killpg(self._process.pid, signal.SIGKILL)
+            os.killpg(self.pid, signal.SIGKILL)
         except ProcessLookupError:
             return
 

@@ -86,14 +86,16 @@ class ProducerWorker:
             return
         for out, computed in self._step:
             out.ready[index] = computed
+            if computed >= out.prompt_tokens and (out.ready >= computed).all():
+                out.computed_at = time.monotonic()
             self._flush(out, (index,))
 
     def end_step(self) -> None:
         """Completeness sweep: whatever no layer hook announced is final by now."""
         for out, computed in self._step:
-            out.ready[:] = computed
             if computed >= out.prompt_tokens and out.computed_at is None:
                 out.computed_at = time.monotonic()
+            out.ready[:] = computed
             self._flush(out, range(len(self._layout.layers)))
         self._step = []
 
