@@ -3,7 +3,6 @@ The native transfer engine: writes of many ranges straight into a peer's memory,
 """
 from __future__ import annotations
 import collections.abc
-import enum
 import numpy
 import numpy.typing
 import typing
@@ -56,9 +55,23 @@ class EngineConfig:
         """
         Microseconds that the progress thread polls after activity before it blocks.
         """
-class EventKind(enum.Enum):
+class EventKind:
     """
     What an Event reports.
+    
+    Members:
+    
+      CONNECTED
+    
+      TRANSFER_DONE
+    
+      TRANSFER_FAILED
+    
+      IMM
+    
+      MESSAGE
+    
+      PEER_LOST
     """
     CONNECTED: typing.ClassVar[EventKind]
     IMM: typing.ClassVar[EventKind]
@@ -66,8 +79,40 @@ class EventKind(enum.Enum):
     PEER_LOST: typing.ClassVar[EventKind]
     TRANSFER_DONE: typing.ClassVar[EventKind]
     TRANSFER_FAILED: typing.ClassVar[EventKind]
-    @classmethod
-    def __new__(cls, value):
+    __members__: typing.ClassVar[dict[str, EventKind]]
+    @typing.overload
+    def __eq__(self, other: EventKind) -> bool:
+        ...
+    @typing.overload
+    def __eq__(self, other: typing.Any) -> bool:
+        ...
+    def __getstate__(self) -> int:
+        ...
+    def __hash__(self) -> int:
+        ...
+    def __index__(self) -> int:
+        ...
+    def __init__(self, value: typing.SupportsInt | typing.SupportsIndex) -> None:
+        ...
+    def __int__(self) -> int:
+        ...
+    @typing.overload
+    def __ne__(self, other: EventKind) -> bool:
+        ...
+    @typing.overload
+    def __ne__(self, other: typing.Any) -> bool:
+        ...
+    def __repr__(self) -> str:
+        ...
+    def __setstate__(self, state: typing.SupportsInt | typing.SupportsIndex) -> None:
+        ...
+    def __str__(self) -> str:
+        ...
+    @property
+    def name(self) -> str:
+        ...
+    @property
+    def value(self) -> int:
         ...
 class Event:
     """

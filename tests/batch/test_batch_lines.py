@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from aiohttp import web
+from batch_case import request_line
 from openai_peer import MODEL, OpenAIPeer
 
 from rdma_kv_cache.batch import lines as lines_module
-from tests.batch.conftest import request_line
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from tests.batch.conftest import Batch
+    from batch_case import Batch
 
 
 def test_answers_stand_in_the_order_of_the_input(batch: Batch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import resource
 import signal
 import subprocess
 import sys
@@ -12,16 +13,14 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from batch_case import request_line
 from openai_peer import OpenAIPeer, answer_well
-
-from tests.batch.conftest import request_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from aiohttp import web
-
-    from tests.batch.conftest import Batch
+    from batch_case import Batch
 
 LINES = 40
 
@@ -37,9 +36,11 @@ def peer() -> Iterator[OpenAIPeer]:
         yield peer
 
 
-def start(batch: Batch, url: str, *options: str) -> subprocess.Popen[str]:
+def start(batch: Batch, url: str, *options: str, **more: Any) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "rdma_kv_cache.cli", *batch.command(url, *options)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **more
+    )
 
 
 def wait_for_lines(batch: Batch, count: int) -> None:
@@ -150,6 +151,22 @@ def test_a_second_signal_does_not_wait(batch: Batch, peer: OpenAIPeer) -> None:
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=10)
     assert process.returncode == 130
+
+
+def test_a_full_disk_stops_the_run_and_it_can_go_on(batch: Batch, peer: OpenAIPeer) -> None:
+    def limit_file_size() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5000, resource.RLIM_INFINITY))
+
+    batch.write(*(request_line(str(n)) for n in range(LINES)))
+    process = start(batch, peer.url, preexec_fn=limit_file_size)
+    output, _ = process.communicate(timeout=20)
+    assert process.returncode == 3, output
+    assert "File too large" in output
+    assert "Traceback" not in output
+    assert not batch.out.exists()
+    result = batch.run(peer.url)
+    assert result.exit_code == 0, result.output
+    assert len(batch.answers()) == LINES
 
 
 def stopped_run(batch: Batch, peer: OpenAIPeer) -> None:

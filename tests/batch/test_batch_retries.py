@@ -10,16 +10,15 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
+from batch_case import request_line
 from openai_peer import OpenAIPeer, answer_well
 from rich.console import Console
 
 from rdma_kv_cache.batch import BatchOptions, run_batch, scan
-from tests.batch.conftest import request_line
 
 if TYPE_CHECKING:
     import pytest
-
-    from tests.batch.conftest import Batch
+    from batch_case import Batch
 
 
 def failing(times: int, status: int, **headers: str) -> Any:

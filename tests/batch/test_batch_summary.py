@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from aiohttp import web
+from batch_case import request_line
 from openai_peer import OpenAIPeer, answer_body
 from rich.console import Console
 
 from rdma_kv_cache.batch.display import Display
 from rdma_kv_cache.batch.kv_metrics import KvFigures, Snapshot, parse
 from rdma_kv_cache.batch.tally import Tally, percentile
-from tests.batch.conftest import request_line
 
 if TYPE_CHECKING:
-    from tests.batch.conftest import Batch
+    from batch_case import Batch
 
 
 def page(**values: float) -> str:

@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from rdma_kv_cache.cluster.launch import Cluster
 
+from rdma_kv_cache.cluster.run_dir import RunDir
 from rdma_kv_cache.config import load_job
 from tests.support.client import Client
 from tests.support.prompts import corpus
@@ -278,7 +279,7 @@ def main() -> None:
         except (PackageNotFoundError, RuntimeError) as error:
             print(f"NixlConnector is left out: {error}", file=sys.stderr)
         path = job_file(folder)
-        cluster = stack.enter_context(Cluster(path, load_job(path), folder / "run"))
+        cluster = stack.enter_context(Cluster(path, load_job(path), RunDir(folder / "run")))
         cluster.wait_ready(300, on_stage=lambda stage: print(stage, file=sys.stderr))
         systems.append(Ours(Client(cluster.url, cluster.api_key)))
         results = asyncio.run(measure(systems, lengths, options.repeats))

@@ -17,6 +17,7 @@ import pytest
 import yaml
 from rdma_kv_cache.cluster.launch import Cluster
 
+from rdma_kv_cache.cluster.run_dir import RunDir
 from rdma_kv_cache.config import load_job
 from tests.support.client import Client
 from tests.support.prompts import boundary_lengths, prompt
@@ -94,7 +95,7 @@ def write_job(folder: Path, **rdma: object) -> Path:
 def cluster(reference: Reference, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     folder = tmp_path_factory.mktemp("cluster")
     job_file = write_job(folder)
-    with Cluster(job_file, load_job(job_file), folder / "run") as running:
+    with Cluster(job_file, load_job(job_file), RunDir(folder / "run")) as running:
         running.wait_ready(START_TIMEOUT_S, on_stage=lambda stage: print(stage, file=sys.stderr))
         yield running
 

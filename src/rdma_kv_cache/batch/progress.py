@@ -8,6 +8,7 @@ run; it is cut off, and its requests run again.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -122,7 +123,9 @@ class Progress:
 
     def close(self) -> None:
         """Close the file, which also ends the lock."""
-        self._file.close()
+        # It tries to write what append could not; append has told of it.
+        with contextlib.suppress(OSError):
+            self._file.close()
 
     def _lock(self) -> None:
         try:

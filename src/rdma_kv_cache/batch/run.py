@@ -97,12 +97,8 @@ async def run_batch(options: BatchOptions, info: InputInfo, console: Console) ->
         try:
             run = _Run(options, console, progress, client)
             before = await kv_metrics.fetch(session, options.base_url)
-            await run.execute(info.lines)
+            await run.execute_and_write(info.lines)
             kv = kv_metrics.KvFigures(before, await kv_metrics.fetch(session, options.base_url))
-            if not run.stopped:
-                progress.write_output(options.out)
-                if not progress.retryable:
-                    progress.remove()
         finally:
             progress.close()
     return BatchResult(
@@ -140,6 +136,18 @@ class _Run:
         self._progress = progress
         self._client = client
         self._items = read_requests(options.prompts)
+
+    async def execute_and_write(self, total: int) -> None:
+        """Execute, then write the output file if it is complete; a full disk stops the run."""
+        progress = self._progress
+        try:
+            await self.execute(total)
+            if not self.stopped:
+                progress.write_output(self._options.out)
+                if not progress.retryable:
+                    progress.remove()
+        except OSError as error:
+            self.stopped = f"cannot write in {progress.path.parent}: {error.strerror}"
 
     async def execute(self, total: int) -> None:
         """Run until all `total` lines have a result, a signal comes or the server is gone."""

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from rdma_kv_cache.cluster.run_dir import RunDir
 
 EXIT_ERROR_LINES = 1
-EXIT_SERVER_GONE = 3
+EXIT_STOPPED = 3
 
 
 def _seconds(flag: str, name: str, default: float, text: str) -> Callable[[Any], Any]:
@@ -90,7 +90,7 @@ def batch(
       0    every line has an answer
       1    OUT is complete, and some of its lines are errors (or the engines did not start)
       2    bad input: nothing was run
-      3    the server went away; the same command continues
+      3    the server went away, or the disk is full; the same command continues
       130  stopped by Ctrl-C; 143 by SIGTERM; the same command continues
 
     \b
@@ -222,5 +222,5 @@ def _exit_code(result: BatchResult) -> int:
     if result.signal:
         return 128 + result.signal
     if result.stopped:
-        return EXIT_SERVER_GONE
+        return EXIT_STOPPED
     return EXIT_ERROR_LINES if result.failed else 0

@@ -87,8 +87,12 @@ class Peers:
 
     def send(self, peer: Peer, message: PeerMessage) -> None:
         """Send a message; one to a peer that was just lost is dropped, as the wire would."""
-        if self._by_native.get(peer.native) is peer:
+        if self._by_native.get(peer.native) is not peer:
+            return
+        try:
             self._engine.send(peer.native, encode(message))
+        except RuntimeError as error:
+            logger.debug("%s to %s: %s", type(message).__name__, peer.worker, error)
 
     # Life of a connection
 

@@ -218,13 +218,15 @@ class ProducerWorker:
             self._send_checksums(out, writes)
         try:
             self._post(out, target.peer, writes)
+            if out.all_sent() and not out.signalled:
+                out.signalled = True
+                self._engine.signal(target.peer.native, target.epoch)
         except ValueError as error:
             # Block ids outside decode's memory: a wrong REGISTER must not end this engine.
             self._refuse(out, f"write to {target.peer.worker}: {error}")
-            return
-        if out.all_sent() and not out.signalled:
-            out.signalled = True
-            self._engine.signal(target.peer.native, target.epoch)
+        except RuntimeError as error:
+            # The peer was lost a moment ago; its PEER_LOST event is still to be read.
+            logger.debug("transfer %s: %s", out.transfer_id, error)
 
     def _post(self, out: Outgoing, peer: Peer, writes: PageWrites) -> None:
         write_id = self._engine.write(peer.native, writes.source, writes.destination, writes.nbytes)

@@ -43,15 +43,11 @@ class RDMAConnector(KVConnectorBase_V1, SupportsHMA):
     ) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         transfer = vllm_config.kv_transfer_config
-        settings = Settings.from_kv_transfer_config(transfer)
+        self._settings = settings = Settings.from_kv_transfer_config(transfer)
         self._worker: ConnectorWorker | None = None
         self._producer: ProducerScheduler | None = None
         self._consumer: ConsumerScheduler | None = None
         if role == KVConnectorRole.WORKER:
-            # Not at module level: config code imports this class where no engine may be loaded.
-            from rdma_kv_cache.connector.worker import ConnectorWorker
-
-            self._worker = ConnectorWorker(settings, vllm_config, kv_cache_config)
             return
         if transfer.is_kv_producer:
             tp_size = vllm_config.parallel_config.tensor_parallel_size
@@ -126,8 +122,26 @@ class RDMAConnector(KVConnectorBase_V1, SupportsHMA):
     # Worker side
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        """See base class."""
-        self._the_worker.register_kv_caches(kv_caches)
+        """The KV pool exists: register it and meet the engine rank."""
+        from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
+
+        # Not at module level: config code imports this class where no engine may be loaded.
+        from rdma_kv_cache.connector.compatibility import describe
+        from rdma_kv_cache.connector.layout import KVLayout
+        from rdma_kv_cache.connector.worker import ConnectorWorker
+
+        layout = KVLayout.from_tensors(kv_caches, self._kv_cache_config)
+        device = next(iter(kv_caches.values())).device.type
+        transfer = self._vllm_config.kv_transfer_config
+        self._worker = ConnectorWorker(
+            self._settings,
+            layout,
+            describe(self._vllm_config, layout),
+            tp_rank=int(get_tensor_model_parallel_rank()),
+            memory_kind="host" if device == "cpu" else device,
+            produces=transfer.is_kv_producer,
+            consumes=transfer.is_kv_consumer,
+        )
 
     def handle_preemptions(self, kv_connector_metadata: StepMetadata) -> None:
         """See base class."""
@@ -199,5 +213,7 @@ class RDMAConnector(KVConnectorBase_V1, SupportsHMA):
 
     @property
     def _the_worker(self) -> ConnectorWorker:
-        assert self._worker is not None, "a worker-side call on the scheduler-side connector"
+        assert self._worker is not None, (
+            "a worker-side call before register_kv_caches, or on the scheduler"
+        )
         return self._worker

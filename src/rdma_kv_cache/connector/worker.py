@@ -16,9 +16,7 @@ from typing import TYPE_CHECKING
 from rdma_kv_cache import _native
 from rdma_kv_cache._native import EventKind
 from rdma_kv_cache.connector.bootstrap_link import BootstrapLink
-from rdma_kv_cache.connector.compatibility import describe
 from rdma_kv_cache.connector.consumer_worker import ConsumerWorker
-from rdma_kv_cache.connector.layout import KVLayout
 from rdma_kv_cache.connector.log import get_logger
 from rdma_kv_cache.connector.messages import (
     PROBE_IMM,
@@ -37,10 +35,7 @@ from rdma_kv_cache.protocol.bootstrap import PeerDown, PeerUp, ToWorker, WorkerH
 from rdma_kv_cache.protocol.codec import ProtocolError, decode
 
 if TYPE_CHECKING:
-    import torch
-    from vllm.config import VllmConfig
-    from vllm.v1.kv_cache_interface import KVCacheConfig
-
+    from rdma_kv_cache.connector.layout import KVLayout
     from rdma_kv_cache.connector.messages import RemoteLayer
     from rdma_kv_cache.connector.metadata import StepMetadata
     from rdma_kv_cache.connector.settings import Settings
@@ -55,51 +50,47 @@ class ConnectorWorker:
     """One vLLM worker's part in all transfers."""
 
     def __init__(
-        self, settings: Settings, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig
+        self,
+        settings: Settings,
+        layout: KVLayout,
+        compatibility: dict[str, str],
+        *,
+        tp_rank: int = 0,
+        memory_kind: str = "host",
+        produces: bool,
+        consumes: bool,
     ) -> None:
+        """Register the KV memory and meet the engine rank. Raises on anything unusable."""
         self._settings = settings
-        self._vllm_config = vllm_config
-        self._kv_cache_config = kv_cache_config
-        role = vllm_config.kv_transfer_config
-        self._produces, self._consumes = role.is_kv_producer, role.is_kv_consumer
+        self._layout = layout
+        self._compatibility = compatibility
+        self._me = WorkerId(settings.engine, tp_rank, settings.incarnation)
         self._lock = threading.RLock()
         self._stopping = threading.Event()
         self._stats = TransferStats()
         self._writes_reported = 0
         self._held_reported = -1
-
-    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        """Register vLLM's KV memory and meet the engine rank. Raises on anything unusable."""
-        from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
-
-        settings = self._settings
-        rank = int(get_tensor_model_parallel_rank())
-        self._me = WorkerId(settings.engine, rank, settings.incarnation)
-        self._layout = KVLayout.from_tensors(kv_caches, self._kv_cache_config)
         self._engine = _native.Engine(_engine_config(settings), settings.incarnation)
-        kind = next(iter(kv_caches.values())).device.type
-        kind = "host" if kind == "cpu" else kind
         self._memory = [
-            self._engine.register_memory(base, nbytes, kind)
-            for base, nbytes in self._layout.storages
+            self._engine.register_memory(base, nbytes, memory_kind)
+            for base, nbytes in layout.storages
         ]
-        self._compatibility = describe(self._vllm_config, self._layout)
         self._link = BootstrapLink(
             settings.bootstrap_socket, settings.connect_timeout_s, self._on_bootstrap
         )
-        self._peers = Peers(self._me, self._engine, self._produces, self._describe, self._link.send)
+        self._peers = Peers(self._me, self._engine, produces, self._describe, self._link.send)
         self._producer = self._consumer = None
-        if self._produces:
+        if produces:
             self._producer = ProducerWorker(
-                self._engine, self._peers, self._layout, settings, self._stats
+                self._engine, self._peers, layout, settings, self._stats
             )
-        if self._consumes:
+        if consumes:
             self._consumer = ConsumerWorker(
-                self._peers, self._layout, settings, self._stats, rank, self._fence
+                self._peers, layout, settings, self._stats, tp_rank, self._fence
             )
         self._thread = threading.Thread(target=self._progress, name="rkv-connector", daemon=True)
         self._thread.start()
-        role = "prefill" if self._produces else "decode"
+        role = "prefill" if produces else "decode"
         self._link.send(WorkerHello(self._me, role, os.getpid(), self._engine.backend))
         self._link.start()
 
@@ -174,7 +165,7 @@ class ConnectorWorker:
 
     def shutdown(self) -> None:
         """End threads and connections; peers see a closed connection at once."""
-        if self._stopping.is_set() or not hasattr(self, "_thread"):
+        if self._stopping.is_set():
             return
         self._stopping.set()
         self._link.close()
