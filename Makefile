@@ -43,11 +43,15 @@ native-test: setup  ## gtest of the engine, plain and under ASan+UBSan and TSan
 stubs: setup  ## regenerate the type stub of the extension
 	$(BIN)/pybind11-stubgen rdma_kv_cache._native -o src --exit-code
 
-bench-engine: setup  ## the native engine beside memcpy, raw TCP and NIXL
+bench-engine: bench-peers  ## the native engine beside memcpy, raw TCP and NIXL
 	$(BIN)/python tests/bench/bench_engine.py
 
-bench-pd: setup  ## time to first token: one engine, vLLM's NixlConnector, ours
+bench-pd: bench-peers  ## time to first token: one engine, vLLM's NixlConnector, ours
 	$(BIN)/python tests/bench/bench_pd.py
+
+.PHONY: bench-peers
+bench-peers: setup
+	@$(BIN)/pip show -q nixl 2>/dev/null || $(BIN)/pip install -q --no-deps -r env/bench.txt
 
 clean:  ## remove what was built (not .venv, not the model)
 	rm -rf build runs .mypy_cache .ruff_cache .pytest_cache

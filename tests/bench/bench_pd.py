@@ -31,7 +31,6 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from rdma_kv_cache.cluster.launch import Cluster
-
 from rdma_kv_cache.cluster.run_dir import RunDir
 from rdma_kv_cache.config import load_job
 from tests.support.client import Client

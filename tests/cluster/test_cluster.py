@@ -134,7 +134,7 @@ def test_a_killed_vllm_is_restarted_in_a_new_incarnation(tmp_path: Path) -> None
         os.kill(decode.pid, signal.SIGKILL)
         now = wait_restarted(cluster, decode)
         assert now.restarts == 1
-        assert now.url != "" and now.pid != decode.pid
+        assert now.pid != decode.pid
         assert not is_alive(core)
         assert engine(cluster, "prefill-0").pid == prefill.pid
         assert complete(cluster)["choices"]
@@ -217,7 +217,7 @@ def test_engines_end_when_the_orchestrator_is_killed(tmp_path: Path) -> None:
         pids = [e.pid for e in state_of(cluster).engines]
         os.kill(state_of(cluster).pid, signal.SIGKILL)
         wait_until(lambda: not any(map(is_alive, pids)), 15, "end of vLLM")
-        with pytest.raises(ClusterError, match="mpiexec .* before the run was over"):
+        with pytest.raises(ClusterError, match="before the run was over"):
             cluster.wait()
 
 

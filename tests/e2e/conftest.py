@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 import psutil
 import pytest
 import yaml
-from rdma_kv_cache.cluster.launch import Cluster
 
+from rdma_kv_cache.cluster.launch import Cluster
 from rdma_kv_cache.cluster.run_dir import RunDir
 from rdma_kv_cache.config import load_job
 from tests.support.client import Client

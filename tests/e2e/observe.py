@@ -45,6 +45,18 @@ async def wait_ready(client: Client) -> float:
     return await until(lambda: all_ready(client), READY_LIMIT_S, "every engine READY")
 
 
+async def wait_restarted(client: Client, engine: str, before: dict[str, Any]) -> float:
+    """Wait until this engine lives again in a new incarnation and every engine is READY."""
+
+    async def restarted() -> bool:
+        known = await nodes(client)
+        return known[engine]["incarnation"] != before["incarnation"] and await all_ready(client)
+
+    seconds = await until(restarted, READY_LIMIT_S, f"{engine} restarted and READY")
+    assert (await nodes(client))[engine]["restarts"] == before["restarts"] + 1
+    return seconds
+
+
 async def wait_nothing_held(client: Client) -> None:
     """Wait until vLLM's own counters say that no KV block is in use on any engine."""
     last: dict[tuple[str, str], float] = {}

@@ -14,7 +14,6 @@ from tests.support.client import Client
 
 if TYPE_CHECKING:
     from rdma_kv_cache.cluster.launch import Cluster
-
     from tests.e2e.conftest import Reference
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]

@@ -120,7 +120,7 @@ def test_write_arguments(node: Node, other: Node) -> None:
         with pytest.raises(ValueError, match=reason):
             write(*row)
     with pytest.raises(TypeError):
-        node.engine.write(peer, *([np.array([0.5])] * 3))  # type: ignore[list-item]
+        node.engine.write(peer, *([np.array([0.5])] * 3))
     with pytest.raises(ValueError, match="src has 2 dimensions"):
         node.engine.write(peer, *([np.zeros((1, 1), np.int64)] * 3))
     with pytest.raises(ValueError, match="timeout_s"):

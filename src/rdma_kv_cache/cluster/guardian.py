@@ -13,7 +13,7 @@ never ends by its program's signal.
 
 It is run by path, without the package, and uses the standard library alone:
     python -I -S guardian.py PARENT_PID PROGRAM [ARGUMENT...]        (PARENT_PID 0: any parent)
-It prints the program's pid, and exits with the program's code, or 128 + its signal. The
+It prints "pid N" of the program, and exits with the program's code, or 128 + its signal. The
 program's output goes to the guardian's stderr.
 """
 
@@ -154,7 +154,7 @@ def main(arguments: list[str]) -> int:
     except OSError as error:
         sys.stderr.write(f"cannot start {program[0]}: {error}\n")
         return 127
-    sys.stdout.write(f"{child.pid}\n")
+    sys.stdout.write(f"pid {child.pid}\n")
     sys.stdout.flush()
     os.close(1)
     code = guard(child.pid)

@@ -158,7 +158,7 @@ class VllmProcess:
             )
         assert process.stdout is not None
         line = await process.stdout.readline()
-        return cls(process, int(line) if line else 0)
+        return cls(process, int(line.split()[1]) if line else 0)
 
     @property
     def is_running(self) -> bool:
