@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -25,7 +26,6 @@ from tests.cluster.conftest import is_alive, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
-    from pathlib import Path
 
 # Writes the pids of itself and of two grandchildren, one in a session of its own, then sleeps.
 SERVER = """
@@ -89,6 +89,8 @@ def test_a_server_that_ignores_sigterm_is_killed(tmp_path: Path) -> None:
 def test_a_stopped_server_is_killed(tmp_path: Path) -> None:
     async def act(process: VllmProcess) -> str:
         os.kill(process.pid, signal.SIGSTOP)
+        stat = Path(f"/proc/{process.pid}/stat")
+        wait_until(lambda: stat.read_text().rpartition(")")[2].split()[0] == "T", 5, "the stop")
         return await process.terminate_and_reap(0.3)
 
     assert run(tmp_path, "", act).startswith("killed")

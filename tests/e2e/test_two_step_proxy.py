@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.e2e.conftest import MAX_TOKENS
-from tests.e2e.observe import nodes, wait_nothing_held
+from tests.e2e.observe import nodes, wait_nothing_held, wait_ready
 from tests.support.client import Client
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ def test_params_pass_through_verbatim(
     prompt, text = reference.of_length(777)
 
     async def play() -> None:
+        await wait_ready(client)
         prefill, decode = await engines(client, engine_key)
         body = prefill.body(prompt, 1, kv_transfer_params=NIXL_PREFILL_PARAMS)
         params = (await post(prefill, body))["kv_transfer_params"]
@@ -63,6 +64,7 @@ def test_prefill_blocks_are_released_when_decode_never_asks(
     prompt, _ = reference.of_length(333)
 
     async def play() -> None:
+        await wait_ready(client)
         prefill, _ = await engines(client, engine_key)
         await post(prefill, prefill.body(prompt, 1, kv_transfer_params=NIXL_PREFILL_PARAMS))
         held = await client.metrics()

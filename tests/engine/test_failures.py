@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from tests.engine.node import Node, Seen
 
 PEER_TIMEOUT_S = 1.0
-#: Heartbeat granularity and a busy machine.
-SLACK_S = 1.5
+#: For a busy machine; every other bound in these tests is far beyond PEER_TIMEOUT_S + SLACK_S.
+SLACK_S = 4.0
 
 
 def queue_large_writes(near: Node, count: int = 8) -> list[int]:
@@ -46,10 +46,10 @@ def expect_lost_after_every_end(near: Node, transfers: list[int], timeout_s: flo
 
 @pytest.mark.parametrize("busy", [False, True])
 def test_a_killed_peer_is_lost_at_once(make_pair: Callable[..., Pair], busy: bool) -> None:
-    near, far = make_pair(peer_timeout_s=10.0)
+    near, far = make_pair(peer_timeout_s=60.0)
     transfers = queue_large_writes(near) if busy else []
     far.process.kill()
-    lost = expect_lost_after_every_end(near, transfers, timeout_s=2.0)
+    lost = expect_lost_after_every_end(near, transfers, PEER_TIMEOUT_S + SLACK_S)
     assert "peer-of-11" in lost.reason
 
 
@@ -70,8 +70,8 @@ def test_a_stopped_peer_is_lost_within_peer_timeout(
 
 
 def test_an_idle_pair_stays_connected_by_heartbeats(make_pair: Callable[..., Pair]) -> None:
-    near, far = make_pair(peer_timeout_s=0.3)
-    time.sleep(1.5)
+    near, far = make_pair(peer_timeout_s=PEER_TIMEOUT_S)
+    time.sleep(2.5 * PEER_TIMEOUT_S)
     near.write([0], [0], [10])
     near.signal(1)
     far.call("next_event", "IMM")
@@ -154,7 +154,7 @@ def test_a_peer_that_is_gone_before_connect(make_pair: Callable[..., Pair]) -> N
     far.process.kill()
     far.process.join(10)
     near.connect(invitation)
-    lost = near.next_event("PEER_LOST", 2.0)
+    lost = near.next_event("PEER_LOST", SLACK_S)
     assert "ECONNREFUSED" in lost.reason
     assert "still running?" in lost.reason
 
@@ -164,7 +164,7 @@ def test_a_closed_endpoint_refuses_the_dialer(make_pair: Callable[..., Pair]) ->
     invitation = far.call("invite")
     far.call("close_peer")
     near.connect(invitation)  # incarnation 11 < 22: this side dials
-    assert "refused our hello" in near.next_event("PEER_LOST", 2.0).reason
+    assert "refused our hello" in near.next_event("PEER_LOST", SLACK_S).reason
     assert far.call("stats")["refused_hellos"] >= 1
 
 
@@ -182,7 +182,7 @@ def test_a_port_that_is_not_an_engine(make_pair: Callable[..., Pair]) -> None:
         stranger, _ = server.accept()
         with stranger:
             stranger.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n" + bytes(64))
-            assert "not a hello" in near.next_event("PEER_LOST", 2.0).reason
+            assert "not a hello" in near.next_event("PEER_LOST", SLACK_S).reason
 
 
 def _port_of(descriptor: bytes) -> bytes:

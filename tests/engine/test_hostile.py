@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 
-from tests.engine.node import Node
+from tests.engine.node import PATIENCE_S, Node
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -49,7 +49,7 @@ def hello(
     return HELLO.pack(magic, version, lane, lanes, target.token, dialer, incarnation)
 
 
-def is_closed(stranger: socket.socket, timeout_s: float = 2.0) -> bool:
+def is_closed(stranger: socket.socket, timeout_s: float = PATIENCE_S) -> bool:
     stranger.settimeout(timeout_s)
     try:
         return stranger.recv(1) == b""
@@ -118,7 +118,7 @@ def test_a_hello_that_never_ends_is_closed_in_time(node: Node) -> None:
     with socket.create_connection(target.address) as stranger:
         stranger.sendall(hello(target)[:7])
         start = time.monotonic()
-        assert is_closed(stranger, HELLO_DEADLINE_S + 2)
+        assert is_closed(stranger, HELLO_DEADLINE_S + PATIENCE_S)
         assert time.monotonic() - start > HELLO_DEADLINE_S / 2
     assert node.stats()["refused_hellos"] == 1
 
@@ -131,7 +131,7 @@ def test_strangers_cannot_keep_a_peer_out(make_pair: Callable[..., Pair]) -> Non
     try:
         near.connect(invitation)
         far.call("connect", near.invite())
-        near.next_event("CONNECTED", 3.0)
+        near.next_event("CONNECTED")
         assert far.call("stats")["refused_hellos"] >= 150 - 64
     finally:
         for stranger in strangers:
@@ -208,7 +208,7 @@ def test_a_broken_frame_costs_the_connection_and_no_byte(
     node: Node, hostile: HostilePeer, broken: Callable[[int, int], bytes], reason: str
 ) -> None:
     hostile.data.sendall(broken(key_of(node), node.base))
-    assert reason in node.next_event("PEER_LOST", 2.0).reason
+    assert reason in node.next_event("PEER_LOST", PATIENCE_S).reason
     assert not node.buffer.any()
     assert is_closed(hostile.lanes[2])
 
@@ -224,7 +224,7 @@ def test_a_broken_control_frame_costs_the_connection(
     node: Node, hostile: HostilePeer, broken: bytes, reason: str
 ) -> None:
     hostile.control.sendall(broken)
-    assert reason in node.next_event("PEER_LOST", 2.0).reason
+    assert reason in node.next_event("PEER_LOST", PATIENCE_S).reason
 
 
 def test_a_torn_batch_is_no_signal(node: Node, hostile: HostilePeer) -> None:
@@ -234,5 +234,5 @@ def test_a_torn_batch_is_no_signal(node: Node, hostile: HostilePeer) -> None:
     with pytest.raises(TimeoutError):
         node.next_event("IMM", 0.3)
     hostile.close()
-    node.next_event("PEER_LOST", 2.0)
+    node.next_event("PEER_LOST", PATIENCE_S)
     assert "IMM" not in node.kinds()

@@ -48,39 +48,39 @@ class Client:
             return str(json.loads(text)["choices"][0]["text"])
 
     async def complete_all(
-        self, prompts: list[list[int]], max_tokens: int, concurrency: int
+        self, prompts: list[list[int]], max_tokens: int, concurrency: int, **extra: Any
     ) -> list[str]:
         """All prompts, `concurrency` at a time."""
         gate = asyncio.Semaphore(concurrency)
 
         async def one(prompt: list[int]) -> str:
             async with gate:
-                return await self.complete(prompt, max_tokens)
+                return await self.complete(prompt, max_tokens, **extra)
 
         return list(await asyncio.gather(*(one(p) for p in prompts)))
 
-    async def token_times(self, body: dict[str, Any]) -> list[float]:
-        """Monotonic time of every token of a streamed completion."""
+    async def stream(self, body: dict[str, Any]) -> list[tuple[float, str]]:
+        """Monotonic time and text of every chunk of a streamed completion."""
+        chunks: list[tuple[float, str]] = []
         async with (
             self.session() as session,
             session.post("/v1/completions", json={**body, "stream": True}) as answer,
         ):
             answer.raise_for_status()
-            times = [
-                time.monotonic()
-                async for line in answer.content
-                if line.startswith(b"data: {") and b'"text"' in line
-            ]
-        if not times:
+            async for line in answer.content:
+                if line.startswith(b"data: {"):
+                    choices = json.loads(line[len(b"data: ") :])["choices"]
+                    chunks += [(time.monotonic(), choice["text"]) for choice in choices]
+        if not chunks:
             raise RuntimeError("the stream carried no token")
-        return times
+        return chunks
 
     async def first_token(
         self, prompt: list[int], max_tokens: int = 4, **extra: Any
     ) -> tuple[float, list[float]]:
         """Seconds from the request to the first token, and the gaps between later ones."""
         began = time.monotonic()
-        times = await self.token_times(self.body(prompt, max_tokens, **extra))
+        times = [at for at, _ in await self.stream(self.body(prompt, max_tokens, **extra))]
         return times[0] - began, [b - a for a, b in pairwise(times)]
 
     async def get_json(self, path: str) -> Any:

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cerrno>
 #include <utility>
 
 #include "core/error.h"
@@ -38,21 +39,26 @@ Acceptor::~Acceptor() {
 void Acceptor::accept_ready() {
   // One per turn: a flood of connections must not hold up the data path.
   UniqueFd fd(accept4(listener_.get(), nullptr, nullptr, SOCK_NONBLOCK | SOCK_CLOEXEC));
-  if (!fd) return;
+  if (!fd) {
+    // Out of file descriptors the listener stays readable; without a pause the loop would spin.
+    paused_ = errno == EMFILE || errno == ENFILE;
+    if (paused_) loop_.change(listener_.get(), 0);
+    return;
+  }
   const auto unproven = std::count_if(strangers_.begin(), strangers_.end(),
-                                      [](const Stranger& s) { return !s.parked; });
+                                      [](const Stranger& s) { return !s.parked_for; });
   if (static_cast<std::size_t>(unproven) >= kMaxStrangers) {
     refuse(std::find_if(strangers_.begin(), strangers_.end(),
-                        [](const Stranger& s) { return !s.parked; }));
+                        [](const Stranger& s) { return !s.parked_for; }));
   }
-  const auto stranger = strangers_.insert(
-      strangers_.end(), {std::move(fd), Clock::now() + kHelloDeadline, {}, false});
+  const auto stranger =
+      strangers_.insert(strangers_.end(), {std::move(fd), Clock::now() + kHelloDeadline});
   loop_.watch(stranger->fd.get(), EPOLLIN | EPOLLRDHUP,
               [this, stranger](std::uint32_t) { read_hello(stranger); });
 }
 
 void Acceptor::read_hello(Strangers::iterator stranger) {
-  if (stranger->parked) {
+  if (stranger->parked_for) {
     // A dialer that waits for our reply says nothing; this is its end, or a protocol error.
     drop(stranger);
     return;
@@ -84,7 +90,7 @@ void Acceptor::admit(Strangers::iterator stranger) {
   }
   Endpoint& endpoint = found->second;
   if (!endpoint.expected) {
-    park(stranger);
+    park(stranger, hello.acceptor);
     return;
   }
   const std::uint32_t lane_bit = 1U << (hello.lane % kMaxLanes);
@@ -105,17 +111,20 @@ void Acceptor::admit(Strangers::iterator stranger) {
   on_socket_(endpoint.peer, hello.lane, std::move(fd));
 }
 
-void Acceptor::park(Strangers::iterator stranger) {
+void Acceptor::park(Strangers::iterator stranger, const Token& token) {
   // The token bounds the number: a peer opens at most kMaxLanes connections per endpoint.
-  const auto parked = std::count_if(strangers_.begin(), strangers_.end(), [&](const Stranger& s) {
-    return s.parked &&
-           Hello::decode(s.received).acceptor == Hello::decode(stranger->received).acceptor;
-  });
+  const auto parked = std::count_if(strangers_.begin(), strangers_.end(),
+                                    [&](const Stranger& s) { return s.parked_for == token; });
   if (static_cast<std::size_t>(parked) >= kMaxLanes) {
     refuse(stranger);
     return;
   }
-  stranger->parked = true;
+  stranger->parked_for = token;
+}
+
+Acceptor::Strangers::iterator Acceptor::find_parked(const Token& token) {
+  return std::find_if(strangers_.begin(), strangers_.end(),
+                      [&](const Stranger& s) { return s.parked_for == token; });
 }
 
 void Acceptor::refuse(Strangers::iterator stranger) {
@@ -136,24 +145,20 @@ void Acceptor::expect(const Token& token, const EndpointDescriptor& remote, std:
   endpoint.remote_token = remote.token;
   endpoint.remote_incarnation = remote.incarnation;
   endpoint.lanes = lanes;
-  for (auto it = strangers_.begin(); it != strangers_.end();) {
-    const auto stranger = it++;
-    if (stranger->parked && Hello::decode(stranger->received).acceptor == token) admit(stranger);
-  }
+  // Searched anew each time: what admit() calls may remove this endpoint and its strangers.
+  for (auto it = find_parked(token); it != strangers_.end(); it = find_parked(token)) admit(it);
 }
 
 void Acceptor::remove_endpoint(const Token& token) {
   endpoints_.erase(token);
-  for (auto it = strangers_.begin(); it != strangers_.end();) {
-    const auto stranger = it++;
-    if (stranger->parked && Hello::decode(stranger->received).acceptor == token) drop(stranger);
-  }
+  for (auto it = find_parked(token); it != strangers_.end(); it = find_parked(token)) drop(it);
 }
 
 void Acceptor::expire(Clock::time_point now) {
+  if (std::exchange(paused_, false)) loop_.change(listener_.get(), EPOLLIN);
   for (auto it = strangers_.begin(); it != strangers_.end();) {
     const auto stranger = it++;
-    if (!stranger->parked && now >= stranger->deadline) refuse(stranger);
+    if (!stranger->parked_for && now >= stranger->deadline) refuse(stranger);
   }
 }
 

@@ -5,6 +5,7 @@
 #include <functional>
 #include <list>
 #include <map>
+#include <optional>
 #include <string>
 
 #include "core/config.h"
@@ -39,7 +40,7 @@ class Acceptor {
   /// From now on `lanes` data lanes and a control lane of `remote` are accepted, parked ones too.
   void expect(const Token& token, const EndpointDescriptor& remote, std::uint8_t lanes);
   void remove_endpoint(const Token& token);
-  /// Closes connections whose hello is overdue.
+  /// Closes connections whose hello is overdue. Called every now and then.
   void expire(Clock::time_point now);
 
  private:
@@ -54,15 +55,16 @@ class Acceptor {
   struct Stranger {
     UniqueFd fd;
     Clock::time_point deadline;
-    Bytes received;
-    bool parked = false;
+    Bytes received = {};
+    std::optional<Token> parked_for = {};  ///< The endpoint it named and waits for.
   };
   using Strangers = std::list<Stranger>;
 
   void accept_ready();
   void read_hello(Strangers::iterator stranger);
   void admit(Strangers::iterator stranger);
-  void park(Strangers::iterator stranger);
+  void park(Strangers::iterator stranger, const Token& token);
+  [[nodiscard]] Strangers::iterator find_parked(const Token& token);
   void refuse(Strangers::iterator stranger);
   void drop(Strangers::iterator stranger);
 
@@ -71,6 +73,7 @@ class Acceptor {
   OnSocket on_socket_;
   SocketAddress address_;
   UniqueFd listener_;
+  bool paused_ = false;  // no file descriptor is left to accept with
   Strangers strangers_;  // oldest first
   std::map<Token, Endpoint> endpoints_;
   std::uint64_t refused_ = 0;

@@ -31,7 +31,6 @@ struct Completion {
 
 /// Everything a backend needs to reach a peer.
 struct PeerLink {
-  std::string label;              ///< For error texts.
   Bytes blob;                     ///< The peer's create_endpoint().
   std::vector<Bytes> memory;      ///< The peer's register_memory(), by remote region.
   std::vector<UniqueFd> sockets;  ///< Authenticated connections, see lanes().

@@ -54,6 +54,4 @@ struct Connection {
   }
 };
 
-[[nodiscard]] const char* to_string(Connection::State state);
-
 }  // namespace rkv

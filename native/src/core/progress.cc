@@ -31,9 +31,7 @@ Progress::Progress(const EngineConfig& config, std::uint64_t incarnation,
           [this](PeerId peer, std::uint8_t lane, UniqueFd fd) {
             on_socket(peer, lane, std::move(fd));
           },
-          [this](PeerId peer, const std::string& reason) {
-            if (Connection* connection = find(peer)) lose(*connection, reason);
-          }),
+          [this](PeerId peer, const std::string& reason) { lose(get(peer), reason); }),
       next_tick_(Clock::now() + tick_interval_) {
   backend_->attach(loop_);
 }
@@ -90,57 +88,49 @@ bool Progress::handle_completions() {
 }
 
 void Progress::handle(const Completion& completion) {
-  Connection* connection = find(completion.peer);
-  if (connection == nullptr || connection->state == Connection::State::kLost) return;
+  Connection& connection = get(completion.peer);
+  if (connection.state == Connection::State::kLost) return;
   ++counters_.completions;
   switch (completion.kind) {
     case Completion::Kind::kWritesLanded:
-      if (connection->queue.landed(completion.transfer, completion.slices)) {
-        finish_transfer(*connection, completion.transfer, nullptr);
+      if (connection.queue.landed(completion.transfer, completion.slices)) {
+        finish_transfer(connection, completion.transfer, nullptr);
       }
       return;
     case Completion::Kind::kImm:
       // Its READY may still be on the way on the control connection; a signal proves as much.
-      mark_connected(*connection);
+      mark_connected(connection);
       ++counters_.imms_received;
-      ++connection->imms_received;
+      ++connection.imms_received;
       events_.push({.kind = EventKind::kImm, .peer = completion.peer, .imm = completion.imm});
       return;
     case Completion::Kind::kPeerError:
-      lose(*connection, completion.reason);
+      lose(connection, completion.reason);
       return;
   }
 }
 
 void Progress::submit(PeerId peer, TransferId id, std::size_t rows,
                       std::vector<WriteSlice> slices) {
-  Connection* connection = find(peer);
+  Connection& connection = get(peer);
   ++counters_.transfers;
   counters_.descriptors_in += rows;
   counters_.descriptors_out += slices.size();
   std::string failure;
-  if (connection == nullptr) {
-    ++counters_.transfers_failed;
-    events_.push({.kind = EventKind::kTransferFailed,
-                  .peer = peer,
-                  .id = id,
-                  .reason = "close_peer() was called"});
-    return;
-  }
-  if (connection->state == Connection::State::kLost) failure = connection->lost_reason;
+  if (connection.state == Connection::State::kLost) failure = connection.lost_reason;
   const bool deregistered = std::any_of(slices.begin(), slices.end(), [this](const auto& slice) {
     return !regions_.contains(slice.local_region);
   });
   if (deregistered) failure = "its source memory was deregistered";
   if (!failure.empty() || slices.empty()) {
-    finish_transfer(*connection, id, failure.empty() ? nullptr : &failure);
+    finish_transfer(connection, id, failure.empty() ? nullptr : &failure);
     return;
   }
   std::uint64_t nbytes = 0;
   for (const WriteSlice& slice : slices) nbytes += slice.nbytes;
-  connection->bytes_submitted += nbytes;
+  connection.bytes_submitted += nbytes;
   counters_.bytes_submitted += nbytes;
-  connection->queue.add_write(id, std::move(slices));
+  connection.queue.add_write(id, std::move(slices));
 }
 
 void Progress::finish_transfer(Connection& connection, TransferId id, const std::string* failure) {
@@ -157,10 +147,10 @@ void Progress::finish_transfer(Connection& connection, TransferId id, const std:
 }
 
 void Progress::signal(PeerId peer, std::uint32_t imm) {
-  Connection* connection = find(peer);
-  if (connection == nullptr || connection->state == Connection::State::kLost) return;
+  Connection& connection = get(peer);
+  if (connection.state == Connection::State::kLost) return;
   ++counters_.signals_sent;
-  connection->queue.add_signal(imm);
+  connection.queue.add_signal(imm);
 }
 
 Bytes Progress::register_memory(RegionId region, MemoryRange range) {

@@ -68,7 +68,7 @@ class Progress {
   void tick(Clock::time_point now);
   void check_liveness(Connection& connection, Clock::time_point now);
 
-  [[nodiscard]] Connection* find(PeerId peer);
+  [[nodiscard]] Connection& get(PeerId peer) const;
   void on_socket(PeerId peer, std::uint8_t lane, UniqueFd fd);
   void establish(Connection& connection);
   void mark_connected(Connection& connection);

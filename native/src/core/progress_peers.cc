@@ -17,24 +17,7 @@ std::string seconds_text(double seconds) {
 
 }  // namespace
 
-const char* to_string(Connection::State state) {
-  switch (state) {
-    case Connection::State::kEndpoint:
-      return "endpoint";
-    case Connection::State::kConnecting:
-      return "connecting";
-    case Connection::State::kConnected:
-      return "connected";
-    case Connection::State::kLost:
-      return "lost";
-  }
-  return "?";
-}
-
-Connection* Progress::find(PeerId peer) {
-  const auto found = connections_.find(peer);
-  return found == connections_.end() ? nullptr : found->second.get();
-}
+Connection& Progress::get(PeerId peer) const { return *connections_.at(peer); }
 
 Bytes Progress::create_endpoint(PeerId peer, const std::string& label, const Token& token) {
   Bytes blob = backend_->create_endpoint(peer);
@@ -45,17 +28,16 @@ Bytes Progress::create_endpoint(PeerId peer, const std::string& label, const Tok
 }
 
 void Progress::connect(PeerId peer, const EndpointDescriptor& remote, std::vector<Bytes> memory) {
-  Connection* connection = find(peer);
-  if (connection == nullptr) return;
-  connection->state = Connection::State::kConnecting;
-  connection->connect_deadline = Clock::now() + config_.connect_timeout();
-  connection->remote_blob = remote.blob;
-  connection->remote_memory = std::move(memory);
+  Connection& connection = get(peer);
+  connection.state = Connection::State::kConnecting;
+  connection.connect_deadline = Clock::now() + config_.connect_timeout();
+  connection.remote_blob = remote.blob;
+  connection.remote_memory = std::move(memory);
   const std::uint8_t lanes = std::min(remote.lanes, backend_->lanes());
-  connection->sockets.resize(std::size_t{lanes} + 1);
-  const EndpointDescriptor own{.incarnation = incarnation_, .token = connection->token};
+  connection.sockets.resize(std::size_t{lanes} + 1);
+  const EndpointDescriptor own{.incarnation = incarnation_, .token = connection.token};
   if (!own.dials(remote)) {
-    acceptor_.expect(connection->token, remote, lanes);
+    acceptor_.expect(connection.token, remote, lanes);
     return;
   }
   try {
@@ -64,19 +46,19 @@ void Progress::connect(PeerId peer, const EndpointDescriptor& remote, std::vecto
                    {.lane = lane,
                     .lanes = lanes,
                     .acceptor = remote.token,
-                    .dialer = connection->token,
+                    .dialer = connection.token,
                     .dialer_incarnation = incarnation_});
     }
   } catch (const std::runtime_error& error) {
-    lose(*connection, error.what());
+    lose(connection, error.what());
   }
 }
 
 void Progress::on_socket(PeerId peer, std::uint8_t lane, UniqueFd fd) {
-  Connection* connection = find(peer);
-  if (connection == nullptr || connection->state != Connection::State::kConnecting) return;
-  connection->sockets[lane] = std::move(fd);
-  if (connection->has_all_sockets()) establish(*connection);
+  Connection& connection = get(peer);
+  if (connection.state != Connection::State::kConnecting) return;
+  connection.sockets[lane] = std::move(fd);
+  if (connection.has_all_sockets()) establish(connection);
 }
 
 void Progress::establish(Connection& connection) {
@@ -102,8 +84,7 @@ void Progress::establish(Connection& connection) {
             .on_lost = [this,
                         &connection](const std::string& reason) { lose(connection, reason); }});
     sockets.erase(sockets.begin());
-    backend_->connect(connection.id, {.label = connection.label,
-                                      .blob = std::move(connection.remote_blob),
+    backend_->connect(connection.id, {.blob = std::move(connection.remote_blob),
                                       .memory = std::move(connection.remote_memory),
                                       .sockets = std::move(sockets)});
     connection.link->send(ControlLink::Type::kReady);
@@ -123,13 +104,13 @@ void Progress::mark_connected(Connection& connection) {
 }
 
 void Progress::send(PeerId peer, Bytes message) {
-  Connection* connection = find(peer);
-  if (connection == nullptr || connection->state == Connection::State::kLost) return;
+  Connection& connection = get(peer);
+  if (connection.state == Connection::State::kLost) return;
   ++counters_.messages_sent;
-  if (connection->link) {
-    connection->link->send(ControlLink::Type::kMessage, message);
+  if (connection.link) {
+    connection.link->send(ControlLink::Type::kMessage, message);
   } else {
-    connection->early_messages.push_back(std::move(message));
+    connection.early_messages.push_back(std::move(message));
   }
 }
 
@@ -173,7 +154,7 @@ void Progress::lose(Connection& connection, std::string reason) {
   on_lost_(connection.id, connection.lost_reason);
   // Writes accepted before on_lost_ are commands already queued; they must fail first.
   loop_.post([this, id = connection.id] {
-    if (Connection* lost = find(id)) report_lost(*lost);
+    if (connections_.contains(id)) report_lost(get(id));
   });
 }
 
@@ -201,22 +182,19 @@ void Progress::fail_outstanding(Connection& connection, const std::string& reaso
 }
 
 void Progress::close_peer(PeerId peer, const std::string& why) {
-  Connection* connection = find(peer);
-  if (connection == nullptr) return;
-  if (connection->state == Connection::State::kLost) {
-    report_lost(*connection);
+  Connection& connection = get(peer);
+  if (connection.state == Connection::State::kLost) {
+    report_lost(connection);
   } else {
-    detach(*connection, why);
-    fail_outstanding(*connection, "peer " + connection->label + ": " + why);
+    detach(connection, why);
+    fail_outstanding(connection, "peer " + connection.label + ": " + why);
   }
   connections_.erase(peer);
 }
 
 Stats Progress::peer_stats(PeerId peer) const {
+  const Connection& connection = get(peer);
   Stats stats;
-  const auto found = connections_.find(peer);
-  if (found == connections_.end()) return stats;
-  const Connection& connection = *found->second;
   stats["connected"] = std::uint64_t{connection.state == Connection::State::kConnected};
   stats["slices_in_flight"] = std::uint64_t{connection.queue.in_flight()};
   stats["slices_posted"] = connection.queue.slices_posted();

@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from rdma_kv_cache.cluster.tasks import cancel
 from rdma_kv_cache.protocol.bootstrap import Bundle, FromWorker, WorkerHello
 from rdma_kv_cache.protocol.codec import FrameReader, ProtocolError, decode, encode, frame
 
@@ -84,9 +85,7 @@ class BootstrapServer:
         """End all connections and remove the folder."""
         if self._server is not None:
             self._server.close()
-        for connection in list(self._connections):
-            connection.cancel()
-        await asyncio.gather(*self._connections, return_exceptions=True)
+        await cancel(self._connections)
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
 

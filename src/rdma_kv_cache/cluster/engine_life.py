@@ -117,7 +117,7 @@ class EngineLife:
         await self._until(self.links.is_complete, "connecting to the peers")
         async with aiohttp.ClientSession() as session:
             while not await self._is_healthy(session):
-                self._check("waiting for GET /health")
+                await self._go_on("waiting for GET /health")
                 await asyncio.sleep(POLL_S)
 
     async def wait_end(self) -> str:
@@ -199,18 +199,18 @@ class EngineLife:
 
     async def _until(self, is_done: Callable[[], bool], stage: str) -> None:
         while not is_done():
-            if self._lost_its_port():
-                await self._spawn()
-            self._check(stage)
+            await self._go_on(stage)
             self._changed.clear()
             try:
                 await asyncio.wait_for(self._changed.wait(), POLL_S)
             except asyncio.TimeoutError:
                 continue
 
-    def _check(self, stage: str) -> None:
+    async def _go_on(self, stage: str) -> None:
         """Raise EngineFailed if going on with `stage` is of no use."""
         who = self.hello.engine
+        if self._lost_its_port():
+            await self._spawn()
         if self._process is None or not self._process.is_running:
             raise EngineFailed(f"{who}: vLLM {self.outcome} while {stage}; see {self._log_file}")
         patience = PAIR_PATIENCE * self._job.rdma.connect_timeout_s

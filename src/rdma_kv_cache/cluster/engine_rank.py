@@ -20,6 +20,7 @@ from rdma_kv_cache.cluster.engine_life import EngineFailed, EngineLife
 from rdma_kv_cache.cluster.exchange import pack, unpack
 from rdma_kv_cache.cluster.hub_client import HubClient
 from rdma_kv_cache.cluster.roles import new_incarnation
+from rdma_kv_cache.cluster.tasks import cancel
 from rdma_kv_cache.cluster.threads import in_thread
 from rdma_kv_cache.cluster.world import WorldError
 from rdma_kv_cache.protocol.bootstrap import Bundles, PeerDown
@@ -111,9 +112,7 @@ class EngineRank:
             state, reason = "LOST", str(error)
         finally:
             self._world.cancel()
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await cancel(tasks)
             await self._life.end(STOP_GRACE_S)
         log.log(logging.INFO if state == "STOPPED" else logging.ERROR, "%s: %s", state, reason)
         self._set_state(state, reason)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import aiohttp
 
+from rdma_kv_cache.cluster.tasks import cancel
 from rdma_kv_cache.protocol.codec import MAX_FRAME_BYTES, ProtocolError, sign, verify
 from rdma_kv_cache.protocol.control import Announce, Attach, Challenge, FromHub, Relay
 
@@ -76,8 +77,7 @@ class HubClient:
 
     async def __aexit__(self, *_: object) -> None:
         if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+            await cancel([self._task])
 
     def send(self, message: Announce | Relay) -> None:
         """Send now, or as soon as the hub is back."""
@@ -126,8 +126,7 @@ class HubClient:
             try:
                 await self._read(socket)
             finally:
-                writer.cancel()
-                await asyncio.gather(writer, return_exceptions=True)
+                await cancel([writer])
 
     async def _attach(self, socket: aiohttp.ClientWebSocketResponse) -> None:
         frame = await socket.receive()
