@@ -15,7 +15,7 @@ setup:  ## system packages, .venv, vLLM's CPU build, the small model, the extens
 
 demo: setup  ## a prompt file through one prefill and one decode engine on this machine
 	$(BIN)/rdma-kv batch jobs/examples/prompts.jsonl -o runs/demo/answers.jsonl \
-	  --config $(DEMO_CONFIG) --run-dir runs/demo --restart
+	  --config $(DEMO_CONFIG) --run-dir runs/demo --concurrency 4 --restart
 
 test: setup lint native-test unit e2e  ## everything: lint, types, native tests, unit and end-to-end tests
 

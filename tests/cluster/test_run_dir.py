@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import pytest
 
-from rdma_kv_cache.cluster.roles import Place, new_incarnation, opposite, place_of
+from rdma_kv_cache.cluster.roles import Place, new_incarnation, place_of
 from rdma_kv_cache.cluster.run_dir import EngineStatus, RunDir, RunState
 from tests.cluster.conftest import make_job
 
@@ -92,7 +92,6 @@ def test_places_go_orchestrator_prefill_decode() -> None:
     for rank in (-1, 6):
         with pytest.raises(ValueError, match=f"rank {rank} of a job of 6"):
             place_of(rank, job)
-    assert (opposite("prefill"), opposite("decode")) == ("decode", "prefill")
 
 
 def test_incarnations_are_positive_and_differ() -> None:

@@ -15,6 +15,7 @@ from tests.e2e.conftest import MAX_TOKENS
 from tests.e2e.observe import (
     engine_processes,
     nodes,
+    until,
     wait_nothing_held,
     wait_ready,
     wait_restarted,
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
 LONG = 1600
+SEND_LIMIT_S = 30.0
 ANSWER_LIMIT_S = 90.0
 """A long prompt computed twice on one core, plus the time to notice (peer_timeout_s)."""
 
@@ -37,9 +39,18 @@ async def hit(client: Client, engine: str, sig: signal.Signals) -> None:
         process.send_signal(sig)
 
 
-async def prefill_is_sending(client: Client) -> None:
-    """Wait until KV of a running prefill is on its way."""
-    await asyncio.sleep(1.5)
+async def sent_bytes(client: Client) -> float:
+    """KV bytes that the prefill engine has written so far."""
+    return (await client.metrics()).get(("vllm:rdma_kv_bytes_total", "prefill-0"), 0.0)
+
+
+async def prefill_sends(client: Client, before: float) -> None:
+    """Wait until KV of the running prefill is on its way; a chunk of seven or so is."""
+
+    async def more_sent() -> bool:
+        return await sent_bytes(client) > before
+
+    await until(more_sent, SEND_LIMIT_S, "prefill sends")
 
 
 @pytest.mark.parametrize("engine", ["prefill-0", "decode-0"])
@@ -48,11 +59,12 @@ def test_kill_in_mid_transfer(reference: Reference, client: Client, engine: str)
 
     async def play() -> None:
         await wait_ready(client)
-        before = (await nodes(client))[engine]
+        before, sent = (await nodes(client))[engine], await sent_bytes(client)
         answer = asyncio.create_task(
             client.complete(prompt, MAX_TOKENS, cache_salt=f"kill-{engine}")
         )
-        await prefill_is_sending(client)
+        await prefill_sends(client, sent)
+        assert not answer.done()
         began = time.monotonic()
         await hit(client, engine, signal.SIGKILL)
         if engine == "prefill-0":
@@ -77,9 +89,10 @@ def test_prefill_hangs(reference: Reference, client: Client) -> None:
 
     async def play() -> None:
         await wait_ready(client)
-        before = (await nodes(client))["prefill-0"]
+        before, sent = (await nodes(client))["prefill-0"], await sent_bytes(client)
         answer = asyncio.create_task(client.complete(prompt, MAX_TOKENS, cache_salt="hang"))
-        await prefill_is_sending(client)
+        await prefill_sends(client, sent)
+        assert not answer.done()
         began = time.monotonic()
         await hit(client, "prefill-0", signal.SIGSTOP)
         assert await asyncio.wait_for(answer, ANSWER_LIMIT_S) == text

@@ -18,7 +18,9 @@ Lane::Lane(EventLoop& loop, UniqueFd fd, const KeyTable& keys, LaneStats& stats,
   loop_.watch(fd_.get(), EPOLLIN, std::move(on_ready));
 }
 
-Lane::~Lane() { loop_.unwatch(fd_.get()); }
+Lane::~Lane() { stop(); }
+
+void Lane::stop() { loop_.unwatch(fd_.get()); }
 
 void Lane::enqueue(OutFrame frame) {
   queued_bytes_ += frame.nbytes;

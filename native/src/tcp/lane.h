@@ -54,6 +54,9 @@ class Lane {
   Lane(const Lane&) = delete;
   Lane& operator=(const Lane&) = delete;
 
+  /// Nothing lands or leaves from now on; the socket stays open until destruction.
+  void stop();
+
   void enqueue(OutFrame frame);
   [[nodiscard]] std::uint64_t queued_bytes() const { return queued_bytes_; }
   /// Write frames ever enqueued; what a signal has to wait for.

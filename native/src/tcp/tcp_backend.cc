@@ -25,13 +25,11 @@ void TcpBackend::deregister_memory(RegionId region) {
   const MemoryRange range = keys_.at(found->second);
   keys_.erase(found->second);
   key_of_.erase(found);
-  std::vector<PeerId> landing;
   for (const auto& [id, peer] : peers_) {
-    const bool hit = std::any_of(peer.lanes.begin(), peer.lanes.end(),
-                                 [&](const auto& lane) { return lane->is_landing_in(range); });
-    if (hit) landing.push_back(id);
+    const bool landing = std::any_of(peer.lanes.begin(), peer.lanes.end(),
+                                     [&](const auto& lane) { return lane->is_landing_in(range); });
+    if (landing) fail(id, "memory was deregistered while a write of it landed");
   }
-  for (const PeerId id : landing) fail(id, "memory was deregistered while a write of it landed");
 }
 
 Bytes TcpBackend::create_endpoint(PeerId /*peer*/) { return {}; }
@@ -56,9 +54,11 @@ void TcpBackend::close_peer(PeerId id) {
   std::erase_if(completions_, [id](const Completion& done) { return done.peer == id; });
 }
 
-/// All lanes fall together.
+/// All lanes fall together. They are closed by close_peer(), after the engine told the peer why.
 void TcpBackend::fail(PeerId id, const std::string& reason) {
-  peers_.erase(id);
+  Peer& peer = peers_.at(id);
+  if (std::exchange(peer.failed, true)) return;
+  for (const auto& lane : peer.lanes) lane->stop();
   completions_.push_back({.kind = Completion::Kind::kPeerError, .peer = id, .reason = reason});
 }
 

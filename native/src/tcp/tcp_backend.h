@@ -41,6 +41,7 @@ class TcpBackend final : public Backend {
     std::vector<std::uint64_t> keys;  // by remote region
     std::vector<std::unique_ptr<Lane>> lanes;
     std::deque<Signal> signals;  // received, waiting for writes on other lanes
+    bool failed = false;         // reported; its lanes are stopped
   };
 
   void on_lane_ready(PeerId peer, std::size_t lane, std::uint32_t epoll_events);

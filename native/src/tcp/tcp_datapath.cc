@@ -3,7 +3,7 @@
 
 #include <algorithm>
 #include <exception>
-#include <utility>
+#include <iterator>
 
 #include "core/error.h"
 #include "tcp/tcp_backend.h"
@@ -12,9 +12,8 @@ namespace rkv::tcp {
 
 std::size_t TcpBackend::post_writes(PeerId id, TransferId transfer,
                                     std::span<const WriteSlice> slices) {
-  const auto found = peers_.find(id);
-  if (found == peers_.end()) return 0;  // failed; its kPeerError is on the way
-  Peer& peer = found->second;
+  Peer& peer = peers_.at(id);
+  if (peer.failed) return 0;
   std::uint64_t total = 0;
   for (const WriteSlice& slice : slices) total += slice.nbytes;
   const std::uint64_t share =
@@ -31,12 +30,12 @@ std::size_t TcpBackend::post_writes(PeerId id, TransferId transfer,
 }
 
 bool TcpBackend::post_signal(PeerId id, std::uint32_t imm) {
-  const auto found = peers_.find(id);
-  if (found == peers_.end()) return false;
+  Peer& peer = peers_.at(id);
+  if (peer.failed) return false;
   std::vector<std::uint64_t> sent_by_lane;
-  for (const auto& lane : found->second.lanes) sent_by_lane.push_back(lane->write_frames());
+  for (const auto& lane : peer.lanes) sent_by_lane.push_back(lane->write_frames());
   // Always the first lane, which keeps signals in order among themselves.
-  found->second.lanes.front()->enqueue(encode_signal(imm, sent_by_lane));
+  peer.lanes.front()->enqueue(encode_signal(imm, sent_by_lane));
   return true;
 }
 
@@ -81,8 +80,8 @@ void TcpBackend::deliver_signals(PeerId id, Peer& peer) {
 
 bool TcpBackend::progress(std::vector<Completion>& completions) {
   bool moved = false;
-  std::vector<std::pair<PeerId, std::string>> failed;
   for (auto& [id, peer] : peers_) {
+    if (peer.failed) continue;
     try {
       for (const auto& lane : peer.lanes) {
         if (!lane->can_send()) continue;
@@ -90,10 +89,9 @@ bool TcpBackend::progress(std::vector<Completion>& completions) {
         moved = true;
       }
     } catch (const std::exception& error) {
-      failed.emplace_back(id, error.what());
+      fail(id, error.what());
     }
   }
-  for (const auto& [id, reason] : failed) fail(id, reason);
   moved = moved || !completions_.empty();
   std::move(completions_.begin(), completions_.end(), std::back_inserter(completions));
   completions_.clear();

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from rdma_kv_cache.config import JobConfig, Role
+    from rdma_kv_cache.config import JobConfig
 
 RankRole = Literal["orchestrator", "prefill", "decode"]
 ORCHESTRATOR: Literal["orchestrator"] = "orchestrator"
@@ -31,11 +31,6 @@ def place_of(rank: int, job: JobConfig) -> Place:
     if rank <= job.prefill.engines:
         return Place("prefill", job.engine_names("prefill")[rank - 1])
     return Place("decode", job.engine_names("decode")[rank - 1 - job.prefill.engines])
-
-
-def opposite(role: Role) -> Role:
-    """Return the role that engines of `role` exchange KV blocks with."""
-    return "decode" if role == "prefill" else "prefill"
 
 
 def new_incarnation() -> int:
