@@ -185,12 +185,20 @@ def run(sender: Sender, rounds: int, show: Callable[[str], None]) -> tuple[Secon
     return seconds, after
 
 
+def spread(values: list[float]) -> str:
+    """Median and quartiles of seconds (shown in us) or bytes per second (in GB/s)."""
+    low, middle, high = statistics.quantiles(values, n=4)
+    if middle < 1:
+        return f"{middle * 1e6:.0f} ({low * 1e6:.0f}-{high * 1e6:.0f})"
+    return f"{middle / 1e9:.2f} ({low / 1e9:.2f}-{high / 1e9:.2f})"
+
+
 def report(
     console: Console, seconds: Seconds, after: dict[str, int], names: list[str]
 ) -> dict[str, float | int | str]:
     """Prints the tables and returns the flat result."""
     result: dict[str, float | int | str] = {}
-    table = Table(title="GB/s, median [quartiles]; one way; k descriptors/s of ours and NIXL tcp")
+    table = Table(title="median (quartiles); one way, in GB/s, for one block in us")
     for column in ("case", "descriptors", "sliced", *names, "ours kdesc/s", "ours / raw_tcp",
                    "ours / nixl_tcp"):  # fmt: skip
         table.add_column(column, justify="right")
@@ -200,8 +208,7 @@ def report(
         for name in names:
             took = seconds[case, name]
             rates[name] = count * nbytes / statistics.median(took) / 1e9
-            low, _, high = statistics.quantiles([count * nbytes / t / 1e9 for t in took], n=4)
-            row.append(f"{rates[name]:.2f} [{low:.2f}-{high:.2f}]")
+            row.append(spread(took if count == 1 else [count * nbytes / t for t in took]))
             result[f"{name}_{case}_GBps"] = round(rates[name], 4)
             result[f"{name}_{case}_median_us"] = round(statistics.median(took) * 1e6, 1)
         per_second = count / statistics.median(seconds[case, "ours"])

@@ -129,7 +129,9 @@ class RdmaConfig(Section):
         default=15.0, description="Longest set-up of a connection, s"
     )
     transfer_timeout_s: Seconds = Field(
-        default=60.0, description="Longest wait of decode for one request's KV, s"
+        default=300.0,
+        description="Longest wait of decode for one request's KV, prefill's queue included, s; "
+        "a dead prefill engine is noticed by peer_timeout_s",
     )
     cancel_timeout_s: Seconds = Field(
         default=5.0, description="Longest wait for a confirmed cancel before the peer is fenced, s"

@@ -20,7 +20,7 @@ from rdma_kv_cache.connector.compatibility import first_difference
 from rdma_kv_cache.connector.log import get_logger
 from rdma_kv_cache.connector.messages import PROBE_IMM, Hello, Probe, ProbeResult
 from rdma_kv_cache.protocol.bootstrap import Bundle, PeerState, WorkerId
-from rdma_kv_cache.protocol.codec import decode, encode
+from rdma_kv_cache.protocol.codec import ProtocolError, decode, encode
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -126,8 +126,12 @@ class Peers:
 
     def bundle(self, bundle: Bundle) -> list[Peer]:
         """Connect to what a peer offers. Returns the peers that this ended."""
-        hello: Hello = decode(bundle.payload, Hello)
-        worker, ended = bundle.sender, []
+        worker, ended = bundle.sender, list[Peer]()
+        try:
+            hello: Hello = decode(bundle.payload, Hello)
+        except ProtocolError as error:
+            logger.warning("bundle of %s refused: %s", worker, error)
+            return ended
         peer = self._by_worker.get(worker)
         if peer is not None and hello.attempt > peer.attempt:
             ended.append(peer)

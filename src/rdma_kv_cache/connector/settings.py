@@ -26,7 +26,7 @@ class Settings:
     qps_per_peer: int = 2
     peer_timeout_s: float = 5.0
     connect_timeout_s: float = 15.0
-    transfer_timeout_s: float = 60.0
+    transfer_timeout_s: float = 300.0
     cancel_timeout_s: float = 5.0
     lease_s: float = 30.0
     checksum: bool = False

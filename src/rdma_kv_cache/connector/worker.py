@@ -8,6 +8,7 @@ blocks that vLLM takes back by preemption while a write still reads them.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
@@ -35,6 +36,8 @@ from rdma_kv_cache.protocol.bootstrap import PeerDown, PeerUp, ToWorker, WorkerH
 from rdma_kv_cache.protocol.codec import ProtocolError, decode
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from rdma_kv_cache.connector.layout import KVLayout
     from rdma_kv_cache.connector.messages import RemoteLayer
     from rdma_kv_cache.connector.metadata import StepMetadata
@@ -70,6 +73,7 @@ class ConnectorWorker:
         self._stats = TransferStats()
         self._writes_reported = 0
         self._held_reported = -1
+        self._failure: Exception | None = None
         self._engine = _native.Engine(_engine_config(settings), settings.incarnation)
         self._memory = [
             self._engine.register_memory(base, nbytes, memory_kind)
@@ -97,8 +101,13 @@ class ConnectorWorker:
     # vLLM's step
 
     def begin_step(self, meta: StepMetadata) -> None:
-        """Before the forward pass, so that a REGISTER does not wait for it."""
+        """Before the forward pass, so that a REGISTER does not wait for it.
+
+        Raises RuntimeError if a thread of the connector failed: the engine is then restarted.
+        """
         with self._lock:
+            if self._failure is not None:
+                raise RuntimeError("RDMAConnector failed, see above") from self._failure
             if self._producer is not None:
                 self._producer.begin_step(meta)
             if self._consumer is not None:
@@ -175,7 +184,7 @@ class ConnectorWorker:
     # The two sources of events
 
     def _on_bootstrap(self, message: ToWorker) -> None:
-        with self._lock:
+        with self._lock, self._reported("bootstrap message"):
             if isinstance(message, PeerUp):
                 ended = self._peers.peer_up(message.engine, message.incarnation, message.tp_size)
             elif isinstance(message, PeerDown):
@@ -188,7 +197,7 @@ class ConnectorWorker:
     def _progress(self) -> None:
         while not self._stopping.is_set():
             self._engine.wait(TICK_S)
-            with self._lock:
+            with self._lock, self._reported("progress"):
                 for event in self._engine.poll():
                     self._on_event(event)
                 now = time.monotonic()
@@ -197,6 +206,15 @@ class ConnectorWorker:
                     self._producer.tick(now)
                 if self._consumer is not None:
                     self._consumer.tick(now)
+
+    @contextlib.contextmanager
+    def _reported(self, where: str) -> Iterator[None]:
+        """Keep an unexpected error of our threads for vLLM's next step, which it then ends."""
+        try:
+            yield
+        except Exception as error:
+            logger.exception("RDMAConnector: %s", where)
+            self._failure = error
 
     def _on_event(self, event: _native.Event) -> None:
         kind, peer = event.kind, self._peers.by_native(event.peer)
