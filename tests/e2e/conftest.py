@@ -81,7 +81,7 @@ def write_job(folder: Path, **rdma: object) -> Path:
             "engines": 1, "vllm_args": ENGINE_ARGS, "env": {"VLLM_CPU_OMP_THREADS_BIND": "1"},
         },
         "rdma": {
-            "kv_buffer": KV_BYTES, "checksum": True, "transfer_timeout_s": 60, "lease_s": 10,
+            "kv_buffer": KV_BYTES, "checksum": True, "transfer_timeout_s": 300, "lease_s": 10,
             "peer_timeout_s": 5, "cancel_timeout_s": 5, **rdma,
         },
         "orchestrator": {"health_timeout_s": 10, "max_restarts": 10},
