@@ -2,7 +2,8 @@
 """Time to first token: one vLLM engine, vLLM's NixlConnector, and ours, side by side.
 
 All engines run at once on the same two cores and are asked one after the other, in turn, so that
-drift of the machine hits all alike. Prefix caching is off. Prefill runs on core 0, decode on core 1,
+drift of the machine hits all alike. NixlConnector's engines are stopped (SIGSTOP) while the others are
+asked: the progress threads of idle NIXL agents spin, and would take both cores from them. Prefix caching is off. Prefill runs on core 0, decode on core 1,
 the single engine on core 0. NixlConnector is driven by the two-step protocol of its stock proxies.
 
     python tests/bench/bench_pd.py [--repeats 5] [--lengths 128,512,1024,1600]
@@ -14,6 +15,7 @@ import argparse
 import asyncio
 import json
 import platform
+import signal
 import statistics
 import sys
 import tempfile
@@ -118,10 +120,23 @@ class Nixl:
         "remote_block_ids": None, "remote_host": None, "remote_port": None,
     }  # fmt: skip
 
-    def __init__(self, prefill: Client, decode: Client) -> None:
-        self._prefill, self._decode = prefill, decode
+    def __init__(self, servers: list[VllmServer]) -> None:
+        self._servers = servers
+        self._prefill, self._decode = (Client(server.url) for server in servers)
+
+    def signal(self, sig: signal.Signals) -> None:
+        """Stop or continue both engines."""
+        for server in self._servers:
+            server.signal(sig)
 
     async def ask(self, prompt: list[int], samples: Samples) -> None:
+        self.signal(signal.SIGCONT)
+        try:
+            await self._ask(prompt, samples)
+        finally:
+            self.signal(signal.SIGSTOP)
+
+    async def _ask(self, prompt: list[int], samples: Samples) -> None:
         before = await self._figures()
         began = time.monotonic()
         async with (
@@ -161,6 +176,8 @@ def job_file(folder: Path) -> Path:
         "prefill": {"vllm_args": ENGINE_ARGS, "env": {"VLLM_CPU_OMP_THREADS_BIND": "0"}},
         "decode": {"vllm_args": ENGINE_ARGS, "env": {"VLLM_CPU_OMP_THREADS_BIND": "1"}},
         "rdma": {"kv_buffer": KV_BYTES},
+        # Five engines on two cores: a slow answer is no hang.
+        "orchestrator": {"health_timeout_s": 60},
     }  # fmt: skip
     path = folder / "job.yaml"
     path.write_text(yaml.safe_dump(job))
@@ -188,7 +205,9 @@ def start_nixl(folder: Path, stack: ExitStack) -> Nixl:
         servers.append(server)
     for server in servers:
         server.wait_ready()
-    return Nixl(*(Client(server.url) for server in servers))
+    nixl = Nixl(servers)
+    nixl.signal(signal.SIGSTOP)
+    return nixl
 
 
 async def measure(

@@ -66,7 +66,8 @@ class Client:
             self.session() as session,
             session.post("/v1/completions", json={**body, "stream": True}) as answer,
         ):
-            answer.raise_for_status()
+            if answer.status != 200:
+                raise RuntimeError(f"HTTP {answer.status}: {await answer.text()}")
             async for line in answer.content:
                 if line.startswith(b"data: {"):
                     choices = json.loads(line[len(b"data: ") :])["choices"]

@@ -98,13 +98,20 @@ class VllmServer:
         self.stop()
         raise RuntimeError(f"vLLM did not become healthy; the end of {self.log}:\n{tail}")
 
+    def signal(self, sig: signal.Signals) -> None:
+        """Send a signal to the server and everything it started."""
+        assert self._process is not None
+        os.killpg(self._process.pid, sig)
+
     def stop(self) -> None:
         """End the server and everything it started."""
         if self._process is None:
             return
-        for sig in (signal.SIGTERM, signal.SIGKILL):
+        for sig in (signal.SIGCONT, signal.SIGTERM, signal.SIGKILL):
             try:
-                os.killpg(self._process.pid, sig)
+                self.signal(sig)
+                if sig == signal.SIGCONT:
+                    continue
                 self._process.wait(timeout=15)
             except ProcessLookupError:
                 break
