@@ -11,7 +11,7 @@ class EngineConfig:
     """
     Immutable settings of an Engine.
     """
-    def __init__(self, *, backend: str = 'auto', bind_host: str = '127.0.0.1', block_size: typing.SupportsInt | typing.SupportsIndex = 1048576, queue_depth: typing.SupportsInt | typing.SupportsIndex = 1024, qps_per_peer: typing.SupportsInt | typing.SupportsIndex = 2, peer_timeout_s: typing.SupportsFloat | typing.SupportsIndex = 5.0, connect_timeout_s: typing.SupportsFloat | typing.SupportsIndex = 15.0, spin_us: typing.SupportsInt | typing.SupportsIndex = 50) -> None:
+    def __init__(self, *, backend: str = 'auto', bind_host: str = '127.0.0.1', block_size: typing.SupportsInt | typing.SupportsIndex = 1048576, queue_depth: typing.SupportsInt | typing.SupportsIndex = 1024, qps_per_peer: typing.SupportsInt | typing.SupportsIndex = 2, peer_timeout_s: typing.SupportsFloat | typing.SupportsIndex = 5.0, connect_timeout_s: typing.SupportsFloat | typing.SupportsIndex = 15.0, spin_us: typing.SupportsInt | typing.SupportsIndex = 0) -> None:
         """
         Raises ValueError naming the field that is out of range.
         """

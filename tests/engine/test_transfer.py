@@ -76,7 +76,7 @@ def test_an_empty_write_is_done(pair: Pair) -> None:
     assert [near.next_event("TRANSFER_DONE").id for _ in transfers] == transfers
 
 
-@pytest.mark.parametrize("config", [{}, {"qps_per_peer": 4, "block_size": 4096, "spin_us": 0}])
+@pytest.mark.parametrize("config", [{}, {"qps_per_peer": 4, "block_size": 4096, "spin_us": 50}])
 def test_a_signal_never_overtakes_its_writes(
     make_pair: Callable[..., Pair], config: dict[str, int]
 ) -> None:

@@ -17,7 +17,9 @@ struct EngineConfig {
   std::int64_t qps_per_peer = 2;        ///< Data connections to each peer.
   double peer_timeout_s = 5.0;          ///< A peer silent for this long is lost.
   double connect_timeout_s = 15.0;      ///< From connect() until both sides are ready.
-  std::int64_t spin_us = 50;            ///< Busy polling after activity before blocking.
+  /// Busy polling after activity before blocking. On two busy cores 0 beat 50 (one 4 KiB block 181
+  /// against 246 us, 32 KiB blocks 2.5 against 2.4 GB/s): who spins keeps the other end waiting.
+  std::int64_t spin_us = 0;
 
   /// @throw std::invalid_argument naming the field, its value and what is allowed.
   void validate() const;
