@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO_CONFIG := jobs/configs/smollm2-135m-1p1d-cpu.yaml
 SANITIZERS := address,undefined thread
+# The extension too is built once with warnings as errors.
+BINDINGS = -DPython_EXECUTABLE=$(abspath $(BIN))/python -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)
 
 .PHONY: help setup demo test unit e2e lint native-test stubs bench-engine bench-pd clean
 
@@ -36,7 +38,8 @@ native-test: setup  ## gtest of the engine, plain and under ASan+UBSan and TSan
 	@for san in none $(SANITIZERS); do \
 	  dir=build/native-$$(echo $$san | tr , -); \
 	  $(BIN)/cmake -S native -B $$dir -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
-	    -DRKV_BUILD_TESTS=ON -DRKV_SANITIZE=$$(echo $$san | sed 's/none//') >/dev/null && \
+	    -DRKV_BUILD_TESTS=ON -DRKV_WERROR=ON -DRKV_SANITIZE=$$(echo $$san | sed 's/none//') \
+	    $$([ $$san != none ] || echo $(BINDINGS)) >/dev/null && \
 	  $(BIN)/cmake --build $$dir && $(BIN)/ctest --test-dir $$dir --output-on-failure || exit 1; \
 	done
 
