@@ -43,7 +43,6 @@ class Peer:
 
     worker: WorkerId
     native: int
-    endpoint: bytes
     attempt: int
     probe: npt.NDArray[np.uint8]
     probe_memory: _native.LocalMemory
@@ -229,11 +228,11 @@ class Peers:
         probe = np.zeros(PROBE_BYTES, dtype=np.uint8)
         probe_memory = self._engine.register_memory(probe.ctypes.data, PROBE_BYTES, "host")
         endpoint = self._engine.create_endpoint(str(worker))
-        peer = Peer(worker, endpoint.peer, endpoint.descriptor, attempt, probe, probe_memory)
+        peer = Peer(worker, endpoint.peer, attempt, probe, probe_memory)
         self._by_worker[worker] = self._by_native[peer.native] = peer
         memory, compatibility, layers = self._describe()
         hello = Hello(
-            endpoint=peer.endpoint,
+            endpoint=endpoint.descriptor,
             memory=[*memory, probe_memory.descriptor],
             compatibility=compatibility,
             layers=layers,
