@@ -9,7 +9,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 TORCH_VERSION=2.13.0
-PACKAGES=(g++ python3-dev python3-venv libnuma1 libgtest-dev)
+PACKAGES=(g++ python3-dev python3-venv libnuma1 libgtest-dev libibverbs-dev)
 VENV=.venv
 STAMPS=$VENV/.stamps
 

@@ -6,6 +6,7 @@
 #include <chrono>
 #include <cmath>
 #include <memory>
+#include <optional>
 #include <utility>
 
 #include "backends/backends.h"
@@ -45,21 +46,23 @@ std::shared_ptr<Engine> make_engine(const EngineConfig& config, std::uint64_t in
 
 std::unique_ptr<LocalMemory> register_memory(const std::shared_ptr<Engine>& engine,
                                              std::uint64_t ptr, std::uint64_t nbytes,
-                                             const std::string& kind) {
-  if (kind != "host") {
-    throw std::invalid_argument("register_memory(): kind is '" + kind + "'; backend '" +
-                                std::string(engine->backend()) + "' takes 'host'");
+                                             const std::string& kind, bool peer_writable) {
+  if (kind != "host" && kind != "cuda") {
+    throw std::invalid_argument("register_memory(): kind is '" + kind +
+                                "'; it must be 'host' or 'cuda'");
   }
-  return std::make_unique<LocalMemory>(engine, engine->register_memory({ptr, nbytes}));
+  const MemoryUse use{.kind = kind == "host" ? MemoryKind::kHost : MemoryKind::kCuda,
+                      .peer_writable = peer_writable};
+  return std::make_unique<LocalMemory>(engine, engine->register_memory({ptr, nbytes}, use));
 }
 
 TransferId write(Engine& engine, PeerId peer, const Column& src, const Column& dst,
-                 const Column& nbytes) {
+                 const Column& nbytes, std::optional<std::uint32_t> imm) {
   const auto local = column_span(src, "src");
   const auto remote = column_span(dst, "dst");
   const auto length = column_span(nbytes, "nbytes");
   const py::gil_scoped_release release;
-  return engine.write(peer, local, remote, length);
+  return engine.write(peer, local, remote, length, imm);
 }
 
 void connect(Engine& engine, PeerId peer, const py::bytes& descriptor,
@@ -118,11 +121,15 @@ void register_engine(py::module_& module) {
            "that is not usable here.")
       .def_property_readonly("backend", &Engine::backend)
       .def_property_readonly("incarnation", &Engine::incarnation)
+      .def_property_readonly("description", &Engine::describe,
+                             "What the backend uses and why, for people: devices, ports, GIDs.")
       .def("register_memory", &register_memory, py::arg("ptr"), py::arg("nbytes"),
-           py::arg("kind") = "host", ReleaseGil(),
-           "Makes [ptr, ptr + nbytes) a source of writes and a target of peers.\n\n"
-           "The caller keeps it mapped until LocalMemory.close(). Raises ValueError for an empty "
-           "range or an unknown kind.")
+           py::arg("kind") = "host", py::arg("peer_writable") = true, ReleaseGil(),
+           "Makes [ptr, ptr + nbytes) a source of writes and, if `peer_writable`, a target of "
+           "peers.\n\n"
+           "`kind` is 'host' or 'cuda'. The caller keeps it mapped until LocalMemory.close(). May "
+           "take seconds (pages are pinned). Raises ValueError for an empty range or a kind that "
+           "the backend cannot reach, RuntimeError with call, errno and remedy.")
       .def("create_endpoint", &Engine::create_endpoint, py::arg("label"), ReleaseGil(),
            "One endpoint for one peer. `label`, such as 'decode-0/0', only names it in texts.")
       .def(
@@ -134,7 +141,7 @@ void register_engine(py::module_& module) {
           "what is wrong with a descriptor.")
       .def(
           "write", &write, py::arg("peer"), py::arg("src").noconvert(), py::arg("dst").noconvert(),
-          py::arg("nbytes").noconvert(),
+          py::arg("nbytes").noconvert(), py::arg("imm") = py::none(),
           "Queues one transfer of n ranges and returns its id (> 0).\n\n"
           "Three int64 arrays of shape (n,), C-contiguous: local addresses, addresses at the "
           "peer, bytes. Adjacent rows are joined, long runs sliced to block_size. Never blocks and "

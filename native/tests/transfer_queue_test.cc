@@ -14,20 +14,27 @@ class RecordingBackend final : public Backend {
  public:
   std::ostringstream log;
   std::size_t room = SIZE_MAX;
+  bool fuses = false;  ///< Whether a signal goes along with the last slice.
 
   [[nodiscard]] std::string_view name() const override { return "recording"; }
   [[nodiscard]] std::uint8_t lanes() const override { return 0; }
   void attach(EventLoop& /*loop*/) override {}
-  Bytes register_memory(RegionId /*region*/, MemoryRange /*range*/) override { return {}; }
-  void deregister_memory(RegionId /*region*/) override {}
+  Bytes register_memory(RegionId /*region*/, MemoryRange /*range*/, MemoryUse /*use*/,
+                        std::unique_ptr<PinnedMemory> /*pinned*/) override {
+    return {};
+  }
+  std::unique_ptr<PinnedMemory> deregister_memory(RegionId /*region*/) override { return nullptr; }
   Bytes create_endpoint(PeerId /*peer*/) override { return {}; }
   void connect(PeerId /*peer*/, PeerLink /*link*/) override {}
-  std::size_t post_writes(PeerId /*peer*/, TransferId transfer,
-                          std::span<const WriteSlice> slices) override {
+  void probe(PeerId /*peer*/) override {}
+  Posted post_writes(PeerId /*peer*/, TransferId transfer, std::span<const WriteSlice> slices,
+                     std::optional<std::uint32_t> imm) override {
     const std::size_t taken = std::min(room, slices.size());
     room -= taken;
     if (taken > 0) log << "w" << transfer << "x" << taken << " ";
-    return taken;
+    const bool signalled = imm && fuses && taken == slices.size();
+    if (signalled) log << "+s" << *imm << " ";
+    return {taken, signalled};
   }
   bool post_signal(PeerId /*peer*/, std::uint32_t imm) override {
     log << "s" << imm << " ";
@@ -103,6 +110,28 @@ TEST(TransferQueue, KnowsWhichRegionsItReads) {
   queue.add_write(1, slices(2, 5));
   EXPECT_TRUE(queue.reads_from(5));
   EXPECT_FALSE(queue.reads_from(4));
+}
+
+TEST(TransferQueue, OffersTheSignalWithTheLastSlicesOnly) {
+  RecordingBackend backend;
+  backend.fuses = true;
+  TransferQueue queue(1, 4);
+  queue.add_write(1, slices(6), 7);
+  queue.add_signal(8);
+  EXPECT_TRUE(queue.post(backend));
+  EXPECT_EQ(backend.log.str(), "w1x4 ");
+  EXPECT_FALSE(queue.landed(1, 4));
+  EXPECT_TRUE(queue.post(backend));
+  EXPECT_EQ(backend.log.str(), "w1x4 w1x2 +s7 s8 ");
+}
+
+TEST(TransferQueue, SignalsOnItsOwnWhereTheBackendDoesNot) {
+  RecordingBackend backend;
+  TransferQueue queue(1, 4);
+  queue.add_write(1, slices(2), 7);
+  queue.add_write(2, slices(1));
+  EXPECT_TRUE(queue.post(backend));
+  EXPECT_EQ(backend.log.str(), "w1x2 s7 w2x1 ");
 }
 
 }  // namespace

@@ -7,6 +7,9 @@
 #include <stdexcept>
 
 #include "tcp/tcp_backend.h"
+#ifdef RKV_HAVE_VERBS
+#include "verbs/verbs_backend.h"
+#endif
 
 namespace rkv {
 namespace {
@@ -33,22 +36,41 @@ class Library {
   std::string error_;
 };
 
-BackendInfo probe_verbs() {
-  const Library library("libibverbs.so.1");
-  if (!library.error().empty()) {
-    return {"verbs", false, library.error() + "; install rdma-core (Debian, Ubuntu: libibverbs1)"};
-  }
-  auto* get_device_list = library.symbol<void**(int*)>("ibv_get_device_list");
-  auto* free_device_list = library.symbol<void(void**)>("ibv_free_device_list");
-  if (get_device_list == nullptr || free_device_list == nullptr) {
-    return {"verbs", false, "libibverbs.so.1 lacks ibv_get_device_list"};
-  }
-  int devices = 0;
-  if (void** list = get_device_list(&devices)) free_device_list(list);
-  return {"verbs", false,
-          "found " + std::to_string(devices) +
-              " RDMA devices, but this build has no verbs backend yet"};
+#ifdef RKV_HAVE_VERBS
+
+verbs::Choice choose_verbs_ports(const EngineConfig& config) {
+  return verbs::choose_ports(verbs::read_host(), {.devices = config.devices,
+                                                  .gid_index = static_cast<int>(config.gid_index),
+                                                  .near = config.near});
 }
+
+BackendInfo probe_verbs() {
+  try {
+    (void)verbs::load_ibverbs();
+    return {"verbs", true, choose_verbs_ports({}).text()};
+  } catch (const std::runtime_error& error) {
+    return {"verbs", false, error.what()};
+  }
+}
+
+std::unique_ptr<Backend> create_verbs(const EngineConfig& config) {
+  return std::make_unique<verbs::VerbsBackend>(config, verbs::load_ibverbs(),
+                                               choose_verbs_ports(config));
+}
+
+#else
+
+constexpr const char* kNoVerbs =
+    "built without rdma-core's headers; install them (Debian, Ubuntu: libibverbs-dev; RHEL: "
+    "rdma-core-devel) and build again";
+
+BackendInfo probe_verbs() { return {"verbs", false, kNoVerbs}; }
+
+std::unique_ptr<Backend> create_verbs(const EngineConfig& /*config*/) {
+  throw std::runtime_error(std::string("backend 'verbs' is not usable: ") + kNoVerbs);
+}
+
+#endif
 
 BackendInfo probe_cuda_ipc() {
   const Library library("libcuda.so.1");
@@ -78,7 +100,9 @@ std::vector<BackendInfo> probe_backends() {
 }
 
 std::unique_ptr<Backend> create_backend(const EngineConfig& config) {
-  if (config.backend == "auto" || config.backend == "tcp") {
+  const bool automatic = config.backend == "auto";
+  if (config.backend == "verbs" || (automatic && probe_verbs().usable)) return create_verbs(config);
+  if (config.backend == "tcp" || automatic) {
     return std::make_unique<tcp::TcpBackend>(static_cast<std::uint8_t>(config.qps_per_peer));
   }
   std::string names = "auto";

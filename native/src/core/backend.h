@@ -1,7 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <chrono>
 #include <cstdint>
+#include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <string_view>
@@ -19,6 +22,7 @@ struct Completion {
   enum class Kind : std::uint8_t {
     kWritesLanded,  ///< `slices` more slices of `transfer` are in the peer's memory.
     kImm,           ///< The peer's signal `imm`; all its earlier writes have landed here.
+    kReachable,     ///< Every path to the peer has carried something since connect().
     kPeerError,     ///< The connection is broken or the peer broke the protocol: `reason`.
   };
   Kind kind = Kind::kWritesLanded;
@@ -29,19 +33,42 @@ struct Completion {
   std::string reason = {};
 };
 
+/// A region of a peer.
+struct RemoteMemory {
+  MemoryRange range;
+  Bytes blob;  ///< The peer's register_memory().
+};
+
 /// Everything a backend needs to reach a peer.
 struct PeerLink {
-  Bytes blob;                     ///< The peer's create_endpoint().
-  std::vector<Bytes> memory;      ///< The peer's register_memory(), by remote region.
-  std::vector<UniqueFd> sockets;  ///< Authenticated connections, see lanes().
+  Bytes blob;                        ///< The peer's create_endpoint().
+  std::vector<RemoteMemory> memory;  ///< By remote region.
+  std::vector<UniqueFd> sockets;     ///< Authenticated connections, see lanes().
+};
+
+/// Memory that the hardware may read, and peers may write where it was asked for. Destroying it
+/// fences: nothing can land in it afterwards. Pinning and unpinning may take seconds.
+class PinnedMemory {
+ public:
+  PinnedMemory() = default;
+  PinnedMemory(const PinnedMemory&) = delete;
+  PinnedMemory& operator=(const PinnedMemory&) = delete;
+  virtual ~PinnedMemory() = default;
+};
+
+/// What became of post_writes().
+struct Posted {
+  std::size_t slices = 0;  ///< Accepted, from the first on.
+  bool signalled = false;  ///< The signal is posted too.
 };
 
 /// Moves bytes: one-sided writes of many descriptors, then a signal. In verbs' nouns, so that a
 /// verbs or libfabric backend maps onto it call by call.
 ///
-/// Threads: every method but the constructor and destructor runs on the engine's progress thread,
-/// so a backend needs no locks. No method blocks. Liveness, messages and set-up of authenticated
-/// sockets are the engine's; a backend only reports what its own connections tell it.
+/// Threads: every method but the constructor, the destructor, pin_memory(), describe() and cpus()
+/// runs on the engine's progress thread, so a backend needs no locks. None of those blocks.
+/// Liveness, messages and set-up of authenticated sockets are the engine's; a backend only reports
+/// what its own connections tell it.
 class Backend {
  public:
   Backend() = default;
@@ -57,14 +84,33 @@ class Backend {
   /// Called once, first. The backend watches its file descriptors on `loop`, which outlives it.
   virtual void attach(EventLoop& loop) = 0;
 
-  /// Makes memory writable by peers. The result travels in the memory's descriptor (keys are 64
-  /// bits wide everywhere). The caller owns the memory and keeps it mapped until deregistered.
-  /// @throw std::runtime_error with call, errno and remedy.
-  virtual Bytes register_memory(RegionId region, MemoryRange range) = 0;
+  /// What it uses and why, for people; a few lines without a final newline.
+  [[nodiscard]] virtual std::string describe() const { return std::string(name()); }
 
-  /// Fences: after it returns nothing can land in the region. A peer whose write is half landed
-  /// in it is reported as kPeerError.
-  virtual void deregister_memory(RegionId region) = 0;
+  /// CPUs near its hardware, where the progress thread should run; empty: anywhere.
+  [[nodiscard]] virtual std::vector<std::size_t> cpus() const { return {}; }
+
+  /// How long to poll after activity before sleeping, where the user did not say.
+  [[nodiscard]] virtual std::chrono::microseconds default_spin() const { return {}; }
+
+  /// The slow half of registration. Thread-safe, on the caller's thread: the progress thread must
+  /// go on answering heartbeats meanwhile. May be null. The caller owns the memory and keeps it
+  /// mapped until the result is destroyed.
+  /// @throw std::runtime_error with call, errno and remedy; std::invalid_argument for a kind of
+  /// memory that it cannot reach.
+  [[nodiscard]] virtual std::unique_ptr<PinnedMemory> pin_memory(const MemoryRange& /*range*/,
+                                                                 const MemoryUse& /*use*/) {
+    return nullptr;
+  }
+
+  /// The quick half. The result travels in the memory's descriptor; it is empty for memory that
+  /// peers may not write.
+  virtual Bytes register_memory(RegionId region, MemoryRange range, MemoryUse use,
+                                std::unique_ptr<PinnedMemory> pinned) = 0;
+
+  /// Fences the region once what it returns is destroyed. A peer whose write is half landed in it
+  /// is reported as kPeerError.
+  [[nodiscard]] virtual std::unique_ptr<PinnedMemory> deregister_memory(RegionId region) = 0;
 
   /// Local half of a connection. The result travels in the endpoint's descriptor.
   virtual Bytes create_endpoint(PeerId peer) = 0;
@@ -73,11 +119,16 @@ class Backend {
   /// @throw std::runtime_error or FormatError; the engine then reports the peer lost.
   virtual void connect(PeerId peer, PeerLink link) = 0;
 
-  /// Posts a prefix of `slices` and returns its length: less than all means the queue is full,
-  /// and the engine offers the rest again after completions. Never fails; errors arrive as
-  /// kPeerError. The source bytes stay untouched until the slices are reported landed.
-  virtual std::size_t post_writes(PeerId peer, TransferId transfer,
-                                  std::span<const WriteSlice> slices) = 0;
+  /// Sends something over every path to the peer that is idle, and reports kReachable the first
+  /// time that all have answered. Called when the peer is ready, then at every heartbeat.
+  virtual void probe(PeerId peer) = 0;
+
+  /// Posts a prefix of `slices`: less than all means the queue is full, and the engine offers the
+  /// rest again after completions. Never fails; errors arrive as kPeerError. The source bytes stay
+  /// untouched until the slices are reported landed. `imm` is a signal that follows directly: the
+  /// backend may post it along with the last slice, but need not.
+  virtual Posted post_writes(PeerId peer, TransferId transfer, std::span<const WriteSlice> slices,
+                             std::optional<std::uint32_t> imm) = 0;
 
   /// Posts a signal ordered behind every write posted to that peer before. False: queue full.
   virtual bool post_signal(PeerId peer, std::uint32_t imm) = 0;
@@ -86,9 +137,12 @@ class Backend {
   /// and its source bytes are free. Needs no help from the peer. Unknown peers are ignored.
   virtual void close_peer(PeerId peer) = 0;
 
-  /// Sends what is posted and appends what completed. @return whether it did anything; on false
-  /// the progress thread may sleep until a watched file descriptor wakes it.
+  /// Sends what is posted and appends what completed. @return whether it did anything.
   virtual bool progress(std::vector<Completion>& completions) = 0;
+
+  /// Called before the progress thread sleeps. @return whether it may: from then on every new
+  /// completion makes a watched file descriptor readable.
+  [[nodiscard]] virtual bool arm() { return true; }
 
   /// Adds this backend's counters.
   virtual void add_stats(Stats& stats) const = 0;

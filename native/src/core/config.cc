@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "core/config.h"
 
+#include <sched.h>
+
 #include <sstream>
 #include <stdexcept>
 
@@ -24,7 +26,11 @@ void EngineConfig::validate() const {
   check_range<std::int64_t>("qps_per_peer", qps_per_peer, 1, 16);
   check_range<double>("peer_timeout_s", peer_timeout_s, 0.1, 3600.0);
   check_range<double>("connect_timeout_s", connect_timeout_s, 0.1, 3600.0);
-  check_range<std::int64_t>("spin_us", spin_us, 0, 1000000);
+  check_range<std::int64_t>("spin_us", spin_us, kAuto, 1000000);
+  check_range<std::int64_t>("gid_index", gid_index, kAuto, 255);
+  check_range<std::int64_t>("traffic_class", traffic_class, 0, 255);
+  check_range<std::int64_t>("service_level", service_level, 0, 15);
+  check_range<std::int64_t>("progress_cpu", progress_cpu, kAuto, CPU_SETSIZE - 1);
   if (bind_host.empty() || bind_host == "0.0.0.0" || bind_host == "::") {
     throw std::invalid_argument("bind_host is '" + bind_host +
                                 "'; it must be one address that peers can reach, not a wildcard");

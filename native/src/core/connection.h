@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "core/backend.h"
 #include "core/config.h"
 #include "core/control_link.h"
 #include "core/endpoint_descriptor.h"
@@ -33,7 +34,7 @@ struct Connection {
   State state = State::kEndpoint;
 
   Bytes remote_blob = {};
-  std::vector<Bytes> remote_memory = {};
+  std::vector<RemoteMemory> remote_memory = {};
   std::vector<UniqueFd> sockets = {};  ///< By lane; control first. Empty once handed over.
   std::unique_ptr<ControlLink> link = nullptr;
   std::vector<Bytes> early_messages = {};  ///< Sent before there was a link.

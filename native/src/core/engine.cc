@@ -11,8 +11,7 @@
 namespace rkv {
 namespace {
 
-/// The progress thread never blocks, so an answer takes microseconds; registering memory may pin
-/// pages for seconds.
+/// The progress thread never blocks, so an answer takes microseconds; a loaded host may starve it.
 constexpr std::chrono::seconds kAnswerTimeout{60};
 
 }  // namespace
@@ -76,7 +75,7 @@ Engine::PeerEntry& Engine::find_usable_peer(PeerId peer, const char* call) {
   return entry;
 }
 
-RegisteredMemory Engine::register_memory(MemoryRange range) {
+RegisteredMemory Engine::register_memory(MemoryRange range, MemoryUse use) {
   if (range.address == 0 || range.nbytes == 0 || range.nbytes > UINT64_MAX - range.address) {
     throw std::invalid_argument("register_memory(): ptr " + std::to_string(range.address) +
                                 " with nbytes " + std::to_string(range.nbytes) + " is no memory");
@@ -84,14 +83,19 @@ RegisteredMemory Engine::register_memory(MemoryRange range) {
   RegionId id = 0;
   {
     const std::lock_guard lock(mutex_);
+    if (closed_) throw std::runtime_error("the engine is closed");
     id = next_region_++;
   }
+  auto pinned = progress_.pin_memory(range, use);
   Bytes blob =
-      ask("register_memory()", [this, id, range] { return progress_.register_memory(id, range); });
+      ask("register_memory()", [this, id, range, use, pinned = std::move(pinned)]() mutable {
+        return progress_.register_memory(id, range, use, std::move(pinned));
+      });
   {
     const std::lock_guard lock(mutex_);
     local_regions_ = std::make_shared<RegionIndex>(local_regions_->with({id, range}));
   }
+  if (!use.peer_writable) return {id, range, {}};
   const MemoryDescriptor descriptor{.backend = std::string(backend()),
                                     .incarnation = incarnation_,
                                     .range = range,
@@ -105,7 +109,8 @@ void Engine::deregister_memory(RegionId region) {
     if (closed_) return;
     local_regions_ = std::make_shared<RegionIndex>(local_regions_->without(region));
   }
-  ask("LocalMemory.close()", [this, region] { progress_.deregister_memory(region); });
+  // Unpinned here, when the answer is destroyed.
+  (void)ask("LocalMemory.close()", [this, region] { return progress_.deregister_memory(region); });
 }
 
 CreatedEndpoint Engine::create_endpoint(const std::string& label) {
@@ -145,12 +150,11 @@ EndpointDescriptor Engine::decode_endpoint(std::string_view bytes) const {
   return descriptor;
 }
 
-std::vector<Bytes> Engine::decode_memory(const std::vector<Bytes>& memory,
-                                         std::uint64_t incarnation,
-                                         std::vector<RegionIndex::Region>& regions) const {
-  std::vector<Bytes> blobs;
+std::vector<RemoteMemory> Engine::decode_memory(const std::vector<Bytes>& memory,
+                                                std::uint64_t incarnation) const {
+  std::vector<RemoteMemory> decoded;
   for (const Bytes& bytes : memory) {
-    const std::string name = "connect(): memory descriptor " + std::to_string(blobs.size());
+    const std::string name = "connect(): memory descriptor " + std::to_string(decoded.size());
     MemoryDescriptor descriptor;
     try {
       descriptor = MemoryDescriptor::decode(bytes);
@@ -164,16 +168,18 @@ std::vector<Bytes> Engine::decode_memory(const std::vector<Bytes>& memory,
       throw FormatError(name + " is of incarnation " + std::to_string(descriptor.incarnation) +
                         ", the endpoint of incarnation " + std::to_string(incarnation));
     }
-    regions.push_back({static_cast<RegionId>(blobs.size()), descriptor.range});
-    blobs.push_back(std::move(descriptor.blob));
+    decoded.push_back({descriptor.range, std::move(descriptor.blob)});
   }
-  return blobs;
+  return decoded;
 }
 
 void Engine::connect(PeerId peer, std::string_view descriptor, const std::vector<Bytes>& memory) {
   const EndpointDescriptor remote = decode_endpoint(descriptor);
+  std::vector<RemoteMemory> decoded = decode_memory(memory, remote.incarnation);
   std::vector<RegionIndex::Region> regions;
-  std::vector<Bytes> blobs = decode_memory(memory, remote.incarnation, regions);
+  for (const RemoteMemory& region : decoded) {
+    regions.push_back({static_cast<RegionId>(regions.size()), region.range});
+  }
   const std::lock_guard lock(mutex_);
   PeerEntry& entry = find_peer(peer, "connect()");
   if (entry.connecting) {
@@ -182,16 +188,16 @@ void Engine::connect(PeerId peer, std::string_view descriptor, const std::vector
   if (entry.token == remote.token) {
     throw FormatError("connect(): the descriptor is this endpoint's own");
   }
-  post([this, peer, remote, blobs = std::move(blobs)]() mutable {
-    progress_.connect(peer, remote, std::move(blobs));
+  post([this, peer, remote, decoded = std::move(decoded)]() mutable {
+    progress_.connect(peer, remote, std::move(decoded));
   });
   entry.connecting = true;
   entry.remote_regions = std::make_shared<RegionIndex>(std::move(regions));
 }
 
 TransferId Engine::write(PeerId peer, std::span<const std::int64_t> local,
-                         std::span<const std::int64_t> remote,
-                         std::span<const std::int64_t> nbytes) {
+                         std::span<const std::int64_t> remote, std::span<const std::int64_t> nbytes,
+                         std::optional<std::uint32_t> imm) {
   if (local.size() != nbytes.size() || remote.size() != nbytes.size()) {
     throw std::invalid_argument(
         "write(): src, dst and nbytes have " + std::to_string(local.size()) + ", " +
@@ -210,8 +216,8 @@ TransferId Engine::write(PeerId peer, std::span<const std::int64_t> local,
   const std::lock_guard lock(mutex_);
   find_usable_peer(peer, "write()");  // it may have been lost meanwhile
   const TransferId id = next_transfer_++;
-  post([this, peer, id, rows = nbytes.size(), slices = std::move(slices)]() mutable {
-    progress_.submit(peer, id, rows, std::move(slices));
+  post([this, peer, id, rows = nbytes.size(), imm, slices = std::move(slices)]() mutable {
+    progress_.submit(peer, id, rows, std::move(slices), imm);
   });
   return id;
 }

@@ -5,6 +5,7 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <span>
 #include <string>
 #include <string_view>
@@ -23,7 +24,7 @@ namespace rkv {
 struct RegisteredMemory {
   RegionId id = 0;
   MemoryRange range;
-  Bytes descriptor;  ///< For peers; see Engine::connect().
+  Bytes descriptor;  ///< For peers; see Engine::connect(). Empty if they may not write.
 };
 
 struct CreatedEndpoint {
@@ -51,8 +52,10 @@ class Engine {
   [[nodiscard]] std::string_view backend() const { return progress_.backend_name(); }
   [[nodiscard]] std::uint64_t incarnation() const { return incarnation_; }
 
+  [[nodiscard]] std::string describe() const { return progress_.describe(); }
+
   /// The memory must stay mapped until deregister_memory() or close().
-  [[nodiscard]] RegisteredMemory register_memory(MemoryRange range);
+  [[nodiscard]] RegisteredMemory register_memory(MemoryRange range, MemoryUse use = {});
   /// Fence: nothing lands in the region after it returns. Peers with writes half done out of it or
   /// into it are lost. Unknown ids, and any id after close(), are ignored.
   void deregister_memory(RegionId region);
@@ -61,9 +64,11 @@ class Engine {
   /// Both sides call it, at their own time; kConnected follows, or kPeerLost.
   void connect(PeerId peer, std::string_view descriptor, const std::vector<Bytes>& memory);
 
+  /// `imm` is a signal behind it, cheaper than a call of its own.
   [[nodiscard]] TransferId write(PeerId peer, std::span<const std::int64_t> local,
                                  std::span<const std::int64_t> remote,
-                                 std::span<const std::int64_t> nbytes);
+                                 std::span<const std::int64_t> nbytes,
+                                 std::optional<std::uint32_t> imm = {});
   void signal(PeerId peer, std::uint32_t imm);
   void send(PeerId peer, Bytes message);
 
@@ -93,9 +98,8 @@ class Engine {
   PeerEntry& find_peer(PeerId peer, const char* call);
   PeerEntry& find_usable_peer(PeerId peer, const char* call);
   [[nodiscard]] EndpointDescriptor decode_endpoint(std::string_view bytes) const;
-  [[nodiscard]] std::vector<Bytes> decode_memory(const std::vector<Bytes>& memory,
-                                                 std::uint64_t incarnation,
-                                                 std::vector<RegionIndex::Region>& regions) const;
+  [[nodiscard]] std::vector<RemoteMemory> decode_memory(const std::vector<Bytes>& memory,
+                                                        std::uint64_t incarnation) const;
 
   const EngineConfig config_;
   const std::uint64_t incarnation_;

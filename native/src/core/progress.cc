@@ -3,6 +3,7 @@
 #include "core/progress.h"
 
 #include <pthread.h>
+#include <sched.h>
 
 #include <algorithm>
 #include <utility>
@@ -53,19 +54,39 @@ void Progress::stop() {
 
 void Progress::run() {
   pthread_setname_np(pthread_self(), "rkv-progress");
-  const std::chrono::microseconds spin(config_.spin_us);
+  move_to_cpus();
+  const auto spin = config_.spin_us == EngineConfig::kAuto
+                        ? backend_->default_spin()
+                        : std::chrono::microseconds(config_.spin_us);
   Clock::time_point last_active = Clock::now();
   bool active = false;
   while (!stopping_) {
     const Clock::time_point now = Clock::now();
     if (active) last_active = now;
     // A turn that did something may have left work that no file descriptor will announce.
-    const bool poll_only = active || now - last_active < spin;
+    const bool poll_only = active || now - last_active < spin || !backend_->arm();
     active = loop_.run_once(poll_only ? std::chrono::milliseconds(0) : until_tick(now));
     active |= post_queued();
     active |= handle_completions();
     tick(Clock::now());
   }
+}
+
+/// A thread may be moved while it runs; a refusal only costs speed.
+void Progress::move_to_cpus() const {
+  std::vector<std::size_t> cpus = backend_->cpus();
+  if (config_.progress_cpu != EngineConfig::kAuto) {
+    cpus = {static_cast<std::size_t>(config_.progress_cpu)};
+  }
+  if (cpus.empty()) return;
+  cpu_set_t allowed;
+  cpu_set_t wanted;
+  CPU_ZERO(&wanted);
+  if (sched_getaffinity(0, sizeof allowed, &allowed) != 0) return;
+  for (const std::size_t cpu : cpus) {
+    if (cpu < CPU_SETSIZE && CPU_ISSET(cpu, &allowed)) CPU_SET(cpu, &wanted);
+  }
+  if (CPU_COUNT(&wanted) > 0) pthread_setaffinity_np(pthread_self(), sizeof wanted, &wanted);
 }
 
 bool Progress::post_queued() {
@@ -104,14 +125,17 @@ void Progress::handle(const Completion& completion) {
       ++connection.imms_received;
       events_.push({.kind = EventKind::kImm, .peer = completion.peer, .imm = completion.imm});
       return;
+    case Completion::Kind::kReachable:
+      mark_connected(connection);
+      return;
     case Completion::Kind::kPeerError:
       lose(connection, completion.reason);
       return;
   }
 }
 
-void Progress::submit(PeerId peer, TransferId id, std::size_t rows,
-                      std::vector<WriteSlice> slices) {
+void Progress::submit(PeerId peer, TransferId id, std::size_t rows, std::vector<WriteSlice> slices,
+                      std::optional<std::uint32_t> imm) {
   Connection& connection = get(peer);
   ++counters_.transfers;
   counters_.descriptors_in += rows;
@@ -124,13 +148,15 @@ void Progress::submit(PeerId peer, TransferId id, std::size_t rows,
   if (deregistered) failure = "its source memory was deregistered";
   if (!failure.empty() || slices.empty()) {
     finish_transfer(connection, id, failure.empty() ? nullptr : &failure);
+    if (failure.empty() && imm) signal(peer, *imm);
     return;
   }
   std::uint64_t nbytes = 0;
   for (const WriteSlice& slice : slices) nbytes += slice.nbytes;
   connection.bytes_submitted += nbytes;
   counters_.bytes_submitted += nbytes;
-  connection.queue.add_write(id, std::move(slices));
+  if (imm) ++counters_.signals_sent;
+  connection.queue.add_write(id, std::move(slices), imm);
 }
 
 void Progress::finish_transfer(Connection& connection, TransferId id, const std::string* failure) {
@@ -153,20 +179,21 @@ void Progress::signal(PeerId peer, std::uint32_t imm) {
   connection.queue.add_signal(imm);
 }
 
-Bytes Progress::register_memory(RegionId region, MemoryRange range) {
-  Bytes blob = backend_->register_memory(region, range);
+Bytes Progress::register_memory(RegionId region, MemoryRange range, MemoryUse use,
+                                std::unique_ptr<PinnedMemory> pinned) {
+  Bytes blob = backend_->register_memory(region, range, use, std::move(pinned));
   regions_.insert(region);
   return blob;
 }
 
-void Progress::deregister_memory(RegionId region) {
+std::unique_ptr<PinnedMemory> Progress::deregister_memory(RegionId region) {
   regions_.erase(region);
   for (auto& [id, connection] : connections_) {
     if (connection->queue.reads_from(region)) {
       lose(*connection, "memory was deregistered while writes out of it were outstanding");
     }
   }
-  backend_->deregister_memory(region);
+  return backend_->deregister_memory(region);
 }
 
 Stats Progress::stats() const {

@@ -22,9 +22,9 @@ namespace rkv {
 
 /// The engine's one progress thread and all that lives on it: connections, liveness, the backend.
 ///
-/// start(), stop() and loop().post() may be called from any thread; every other method runs on
-/// the progress thread, as a posted command. Reports of a peer's end from the backend and from
-/// its control connection join in lose(); the first wins.
+/// start(), stop(), loop().post() and what says so may be called from any thread; every other
+/// method runs on the progress thread, as a posted command. Reports of a peer's end from the
+/// backend and from its control connection join in lose(); the first wins.
 class Progress {
  public:
   /// Called once per lost peer, on the progress thread, before its last events are queued: from
@@ -47,12 +47,20 @@ class Progress {
   [[nodiscard]] const SocketAddress& address() const { return acceptor_.address(); }
   [[nodiscard]] std::string_view backend_name() const { return backend_->name(); }
   [[nodiscard]] std::uint8_t lanes() const { return backend_->lanes(); }
+  [[nodiscard]] std::string describe() const { return backend_->describe(); }
+  /// Any thread.
+  [[nodiscard]] std::unique_ptr<PinnedMemory> pin_memory(const MemoryRange& range,
+                                                         const MemoryUse& use) {
+    return backend_->pin_memory(range, use);
+  }
 
-  Bytes register_memory(RegionId region, MemoryRange range);
-  void deregister_memory(RegionId region);
+  Bytes register_memory(RegionId region, MemoryRange range, MemoryUse use,
+                        std::unique_ptr<PinnedMemory> pinned);
+  [[nodiscard]] std::unique_ptr<PinnedMemory> deregister_memory(RegionId region);
   Bytes create_endpoint(PeerId peer, const std::string& label, const Token& token);
-  void connect(PeerId peer, const EndpointDescriptor& remote, std::vector<Bytes> memory);
-  void submit(PeerId peer, TransferId id, std::size_t rows, std::vector<WriteSlice> slices);
+  void connect(PeerId peer, const EndpointDescriptor& remote, std::vector<RemoteMemory> memory);
+  void submit(PeerId peer, TransferId id, std::size_t rows, std::vector<WriteSlice> slices,
+              std::optional<std::uint32_t> imm);
   void signal(PeerId peer, std::uint32_t imm);
   void send(PeerId peer, Bytes message);
   void close_peer(PeerId peer, const std::string& why = "close_peer() was called");
@@ -61,6 +69,7 @@ class Progress {
 
  private:
   void run();
+  void move_to_cpus() const;
   bool post_queued();
   bool handle_completions();
   void handle(const Completion& completion);
@@ -71,6 +80,7 @@ class Progress {
   [[nodiscard]] Connection& get(PeerId peer) const;
   void on_socket(PeerId peer, std::uint8_t lane, UniqueFd fd);
   void establish(Connection& connection);
+  void on_ready(Connection& connection);
   void mark_connected(Connection& connection);
   void lose(Connection& connection, std::string reason);
   void report_lost(Connection& connection);

@@ -27,7 +27,8 @@ Bytes Progress::create_endpoint(PeerId peer, const std::string& label, const Tok
   return blob;
 }
 
-void Progress::connect(PeerId peer, const EndpointDescriptor& remote, std::vector<Bytes> memory) {
+void Progress::connect(PeerId peer, const EndpointDescriptor& remote,
+                       std::vector<RemoteMemory> memory) {
   Connection& connection = get(peer);
   connection.state = Connection::State::kConnecting;
   connection.connect_deadline = Clock::now() + config_.connect_timeout();
@@ -72,7 +73,7 @@ void Progress::establish(Connection& connection) {
     connection.link = std::make_unique<ControlLink>(
         loop_, std::move(sockets.front()),
         ControlLink::Callbacks{
-            .on_ready = [this, &connection] { mark_connected(connection); },
+            .on_ready = [this, &connection] { on_ready(connection); },
             .on_message =
                 [this, &connection](Bytes data) {
                   ++counters_.messages_received;
@@ -94,6 +95,11 @@ void Progress::establish(Connection& connection) {
   } catch (const std::exception& error) {
     lose(connection, error.what());
   }
+}
+
+/// Both ends can receive now; what is left to know is whether packets find their way.
+void Progress::on_ready(Connection& connection) {
+  if (connection.state == Connection::State::kConnecting) backend_->probe(connection.id);
 }
 
 void Progress::mark_connected(Connection& connection) {
@@ -138,6 +144,7 @@ void Progress::check_liveness(Connection& connection, Clock::time_point now) {
   } else if (now >= connection.next_heartbeat) {
     connection.next_heartbeat = now + config_.heartbeat_interval();
     connection.link->send(ControlLink::Type::kHeartbeat);
+    backend_->probe(connection.id);
   }
 }
 

@@ -7,10 +7,12 @@
 
 namespace rkv {
 
-void TransferQueue::add_write(TransferId id, std::vector<WriteSlice> slices) {
+void TransferQueue::add_write(TransferId id, std::vector<WriteSlice> slices,
+                              std::optional<std::uint32_t> imm) {
   auto transfer = std::make_shared<Transfer>();
   transfer->id = id;
   transfer->slices = std::move(slices);
+  transfer->imm = imm;
   outstanding_[id] = transfer;
   queue_.emplace_back(std::move(transfer));
 }
@@ -29,18 +31,27 @@ bool TransferQueue::post_front(Backend& backend) {
   if (const auto* imm = std::get_if<std::uint32_t>(&queue_.front())) {
     return backend.post_signal(peer_, *imm);
   }
-  return post_slices(backend, *std::get<std::shared_ptr<Transfer>>(queue_.front()));
+  // A copy: the queue's front becomes the signal that could not go along with the last slice.
+  const std::shared_ptr<Transfer> transfer = std::get<std::shared_ptr<Transfer>>(queue_.front());
+  if (!post_slices(backend, *transfer)) return false;
+  if (!transfer->imm) return true;
+  queue_.front() = *transfer->imm;
+  return post_front(backend);
 }
 
+/// @return whether all slices are posted.
 bool TransferQueue::post_slices(Backend& backend, Transfer& transfer) {
   const std::size_t room = queue_depth_ - in_flight_;
-  const std::size_t offered = std::min(room, transfer.slices.size() - transfer.posted);
+  const std::size_t left = transfer.slices.size() - transfer.posted;
+  const std::size_t offered = std::min(room, left);
   if (offered == 0) return false;
-  const std::size_t taken = backend.post_writes(
-      peer_, transfer.id, std::span(transfer.slices).subspan(transfer.posted, offered));
-  transfer.posted += taken;
-  in_flight_ += taken;
-  slices_posted_ += taken;
+  const Posted posted = backend.post_writes(
+      peer_, transfer.id, std::span(transfer.slices).subspan(transfer.posted, offered),
+      offered == left ? transfer.imm : std::nullopt);
+  if (posted.signalled) transfer.imm.reset();
+  transfer.posted += posted.slices;
+  in_flight_ += posted.slices;
+  slices_posted_ += posted.slices;
   return transfer.posted == transfer.slices.size();
 }
 

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <deque>
 #include <memory>
+#include <optional>
 #include <unordered_map>
 #include <variant>
 #include <vector>
@@ -17,6 +18,7 @@ namespace rkv {
 struct Transfer {
   TransferId id = 0;
   std::vector<WriteSlice> slices;
+  std::optional<std::uint32_t> imm;  ///< Signal behind the last slice.
   std::size_t posted = 0;
   std::size_t landed = 0;
 };
@@ -28,8 +30,9 @@ class TransferQueue {
  public:
   TransferQueue(PeerId peer, std::size_t queue_depth) : peer_(peer), queue_depth_(queue_depth) {}
 
-  /// Each id once; `slices` must not be empty.
-  void add_write(TransferId id, std::vector<WriteSlice> slices);
+  /// Each id once; `slices` must not be empty. `imm` is a signal to follow.
+  void add_write(TransferId id, std::vector<WriteSlice> slices,
+                 std::optional<std::uint32_t> imm = {});
   void add_signal(std::uint32_t imm);
 
   /// Posts what the window and the backend take. @return whether anything was posted.

@@ -14,6 +14,14 @@ using TransferId = std::uint64_t;  ///< One write() of this engine; > 0, never r
 using RegionId = std::uint32_t;    ///< Position in the list of registered or described memory.
 using Bytes = std::string;         ///< Raw bytes: what sockets, descriptors and Python exchange.
 
+enum class MemoryKind : std::uint8_t { kHost, kCuda };
+
+/// What registered memory is and what it is for.
+struct MemoryUse {
+  MemoryKind kind = MemoryKind::kHost;
+  bool peer_writable = true;  ///< False: a source of writes only.
+};
+
 /// One operation on the wire: contiguous on both sides, at most EngineConfig::block_size bytes.
 struct WriteSlice {
   std::uint64_t local_address = 0;

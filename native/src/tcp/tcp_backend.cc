@@ -3,6 +3,7 @@
 #include "tcp/tcp_backend.h"
 
 #include <algorithm>
+#include <stdexcept>
 #include <utility>
 
 #include "core/endpoint_descriptor.h"
@@ -10,7 +11,17 @@
 
 namespace rkv::tcp {
 
-Bytes TcpBackend::register_memory(RegionId region, MemoryRange range) {
+std::unique_ptr<PinnedMemory> TcpBackend::pin_memory(const MemoryRange& /*range*/,
+                                                     const MemoryUse& use) {
+  if (use.kind != MemoryKind::kHost) {
+    throw std::invalid_argument("register_memory(): backend 'tcp' reaches host memory only");
+  }
+  return nullptr;  // plain socket calls need no pinned pages
+}
+
+Bytes TcpBackend::register_memory(RegionId region, MemoryRange range, MemoryUse use,
+                                  std::unique_ptr<PinnedMemory> /*pinned*/) {
+  if (!use.peer_writable) return {};
   const std::uint64_t key = random_u64();
   keys_[key] = range;
   key_of_[region] = key;
@@ -19,9 +30,9 @@ Bytes TcpBackend::register_memory(RegionId region, MemoryRange range) {
   return writer.take();
 }
 
-void TcpBackend::deregister_memory(RegionId region) {
+std::unique_ptr<PinnedMemory> TcpBackend::deregister_memory(RegionId region) {
   const auto found = key_of_.find(region);
-  if (found == key_of_.end()) return;
+  if (found == key_of_.end()) return nullptr;
   const MemoryRange range = keys_.at(found->second);
   keys_.erase(found->second);
   key_of_.erase(found);
@@ -30,14 +41,15 @@ void TcpBackend::deregister_memory(RegionId region) {
                                      [&](const auto& lane) { return lane->is_landing_in(range); });
     if (landing) fail(id, "memory was deregistered while a write of it landed");
   }
+  return nullptr;
 }
 
 Bytes TcpBackend::create_endpoint(PeerId /*peer*/) { return {}; }
 
 void TcpBackend::connect(PeerId id, PeerLink link) {
   Peer peer;
-  for (const Bytes& blob : link.memory) {
-    ByteReader reader(blob);
+  for (const RemoteMemory& memory : link.memory) {
+    ByteReader reader(memory.blob);
     peer.keys.push_back(reader.get<std::uint64_t>("key"));
     reader.expect_end();
   }
@@ -47,6 +59,14 @@ void TcpBackend::connect(PeerId id, PeerLink link) {
         [this, id, i](std::uint32_t events) { on_lane_ready(id, i, events); }));
   }
   peers_[id] = std::move(peer);
+}
+
+/// The lanes are authenticated connections and the engine's heartbeat runs beside them; a socket
+/// that broke says so itself.
+void TcpBackend::probe(PeerId id) {
+  Peer& peer = peers_.at(id);
+  if (std::exchange(peer.probed, true)) return;
+  completions_.push_back({.kind = Completion::Kind::kReachable, .peer = id});
 }
 
 void TcpBackend::close_peer(PeerId id) {

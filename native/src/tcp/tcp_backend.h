@@ -25,12 +25,16 @@ class TcpBackend final : public Backend {
   [[nodiscard]] std::string_view name() const override { return "tcp"; }
   [[nodiscard]] std::uint8_t lanes() const override { return lanes_; }
   void attach(EventLoop& loop) override { loop_ = &loop; }
-  Bytes register_memory(RegionId region, MemoryRange range) override;
-  void deregister_memory(RegionId region) override;
+  [[nodiscard]] std::unique_ptr<PinnedMemory> pin_memory(const MemoryRange& range,
+                                                         const MemoryUse& use) override;
+  Bytes register_memory(RegionId region, MemoryRange range, MemoryUse use,
+                        std::unique_ptr<PinnedMemory> pinned) override;
+  [[nodiscard]] std::unique_ptr<PinnedMemory> deregister_memory(RegionId region) override;
   Bytes create_endpoint(PeerId peer) override;
   void connect(PeerId peer, PeerLink link) override;
-  std::size_t post_writes(PeerId peer, TransferId transfer,
-                          std::span<const WriteSlice> slices) override;
+  void probe(PeerId peer) override;
+  Posted post_writes(PeerId peer, TransferId transfer, std::span<const WriteSlice> slices,
+                     std::optional<std::uint32_t> imm) override;
   bool post_signal(PeerId peer, std::uint32_t imm) override;
   void close_peer(PeerId peer) override;
   bool progress(std::vector<Completion>& completions) override;
@@ -41,6 +45,7 @@ class TcpBackend final : public Backend {
     std::vector<std::uint64_t> keys;  // by remote region
     std::vector<std::unique_ptr<Lane>> lanes;
     std::deque<Signal> signals;  // received, waiting for writes on other lanes
+    bool probed = false;         // and so reported reachable
     bool failed = false;         // reported; its lanes are stopped
   };
 

@@ -10,10 +10,10 @@
 
 namespace rkv::tcp {
 
-std::size_t TcpBackend::post_writes(PeerId id, TransferId transfer,
-                                    std::span<const WriteSlice> slices) {
+Posted TcpBackend::post_writes(PeerId id, TransferId transfer, std::span<const WriteSlice> slices,
+                               std::optional<std::uint32_t> /*imm*/) {
   Peer& peer = peers_.at(id);
-  if (peer.failed) return 0;
+  if (peer.failed) return {};
   std::uint64_t total = 0;
   for (const WriteSlice& slice : slices) total += slice.nbytes;
   const std::uint64_t share =
@@ -26,7 +26,7 @@ std::size_t TcpBackend::post_writes(PeerId id, TransferId transfer,
     lane->enqueue(encode_write(transfer, rest.first(n), peer.keys));
     rest = rest.subspan(n);
   }
-  return slices.size();
+  return {.slices = slices.size()};
 }
 
 bool TcpBackend::post_signal(PeerId id, std::uint32_t imm) {
