@@ -116,7 +116,7 @@ TEST(ChoosePorts, NeighbourTakesOverForPortThatIsDown) {
   EXPECT_EQ(near(host, "pci:0000:0f:00.0"), Names{"mlx5_1:1"});
 }
 
-/// Without switches the NICs are a host bridge away, and one is taken; the GPUs take turns.
+/// Beyond a host bridge one NIC is taken.
 TEST(ChoosePorts, GpusFarFromAllNicsTakeTurns) {
   Host host = read_tree("dgx_h100");
   for (const char* device : {"mlx5_0", "mlx5_3"}) port_of(host, device).state = "DOWN";

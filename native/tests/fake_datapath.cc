@@ -74,8 +74,8 @@ int check_send(const Qp& qp, const ibv_send_wr& wr) {
   return qp.sq_posted - qp.sq_freed >= qp.cap.max_send_wr ? ENOMEM : 0;
 }
 
-/// With IBV_SEND_INLINE "the low-level driver ... will read the data immediately": the L_Keys are
-/// not checked and the buffers are the caller's again.
+/// With IBV_SEND_INLINE "the L_Key will not be checked" and "the buffer can be reused immediately
+/// after the call returns", ibv_post_send(3).
 std::vector<std::byte> gather_inline(const ibv_send_wr& wr) {
   std::vector<std::byte> data;
   for (int i = 0; i < wr.num_sge; ++i) {

@@ -165,22 +165,21 @@ bool has_expired(Fabric& fabric, std::optional<Clock::time_point>& since,
   return false;
 }
 
-/// "the timeout is 4.096*2^timeout usec. Setting this to 0 means infinite": ibv_modify_qp(3).
+/// The Local ACK Timeout (specification 9.7.6.1.3) is 4.096 us * 2^timeout; 0 is for ever.
 bool has_lost_peer(Fabric& fabric, Qp& qp) {
   if (qp.attr.timeout == 0) return false;
   const std::chrono::duration<double, std::micro> once(4.096 * double(1ULL << qp.attr.timeout));
   return has_expired(fabric, qp.lost_since, once * (qp.attr.retry_cnt + 1));
 }
 
-/// The responder's min_rnr_timer as time (specification table 45), once for every retry.
+/// The responder's min_rnr_timer as time (the kernel's enum ib_rnr_timeout), once for every
+/// retry; the retry count 7 is for ever.
 bool has_exhausted_rnr(Fabric& fabric, Qp& qp, const Qp& responder) {
   constexpr std::array kMilliseconds = {
       655.36, 0.01,  0.02,  0.03,  0.04,  0.06,   0.08,   0.12,   0.16,   0.24,  0.32,
       0.48,   0.64,  0.96,  1.28,  1.92,  2.56,   3.84,   5.12,   7.68,   10.24, 15.36,
       20.48,  30.72, 40.96, 61.44, 81.92, 122.88, 163.84, 245.76, 327.68, 491.52};
-  if (qp.attr.rnr_retry == 7)
-    return false;  // "The value 7 is special and specify to retry
-                   // infinite times in case of RNR."
+  if (qp.attr.rnr_retry == 7) return false;
   const std::chrono::duration<double, std::milli> once(kMilliseconds[responder.attr.min_rnr_timer]);
   return has_expired(fabric, qp.rnr_since, once * qp.attr.rnr_retry);
 }

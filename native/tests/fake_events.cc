@@ -10,7 +10,7 @@ namespace {
 
 constexpr std::chrono::seconds kAckPatience{10};
 
-/// "Destroying a CQ will wait for all completion events to be acknowledged", ibv_get_cq_event(3),
+/// "destroying a CQ will wait for all completion events to be acknowledged", ibv_get_cq_event(3),
 /// and so for async events. For ever, there; a test ends with the reason instead.
 template <class Predicate>
 void wait_for_acks(Fabric& fabric, std::unique_lock<std::mutex>& lock, const char* what,

@@ -164,4 +164,13 @@ struct Pair {
   std::uint64_t remote_addr = b.address();
 };
 
+inline std::vector<ibv_wc_status> statuses(const std::vector<ibv_wc>& wcs) {
+  std::vector<ibv_wc_status> result;
+  for (const ibv_wc& wc : wcs) result.push_back(wc.status);
+  return result;
+}
+using Statuses = std::vector<ibv_wc_status>;
+constexpr unsigned int kSignaled = IBV_SEND_SIGNALED;
+using Events = std::vector<ibv_event_type>;
+
 }  // namespace rkv::verbs

@@ -113,8 +113,8 @@ ibv_qp* create_qp(ibv_pd* pd, ibv_qp_init_attr* init) {
       !fits(device.options, init->cap, init->srq != nullptr)) {
     return fail_with<ibv_qp>(EINVAL);
   }
-  // "The attributes max_recv_wr and max_recv_sge are ignored if the QP is to be associated with
-  // an SRQ", ibv_create_qp(3). Real devices round the others up; code may not count on it.
+  // They "are ignored by ibv_create_qp() if the QP is to be associated with an SRQ". Real devices
+  // round the others up, which code may not count on.
   if (init->srq != nullptr) init->cap.max_recv_wr = init->cap.max_recv_sge = 0;
   auto* qp = new Qp();
   qp->context = pd->context;

@@ -10,15 +10,6 @@
 namespace rkv::verbs {
 namespace {
 
-std::vector<ibv_wc_status> statuses(const std::vector<ibv_wc>& wcs) {
-  std::vector<ibv_wc_status> result;
-  for (const ibv_wc& wc : wcs) result.push_back(wc.status);
-  return result;
-}
-using Statuses = std::vector<ibv_wc_status>;
-constexpr unsigned int kSignaled = IBV_SEND_SIGNALED;
-using Events = std::vector<ibv_event_type>;
-
 TEST(FakeRdma, StatesNeedTheirAttributes) {
   FakeFabric fabric({.devices = {{.name = "rxe0"}}});
   Host host(fabric, 0);

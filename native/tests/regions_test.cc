@@ -5,6 +5,8 @@
 
 #include <stdexcept>
 
+#include "core/rows.h"
+
 namespace rkv {
 namespace {
 
@@ -34,7 +36,7 @@ TEST(RegionIndex, FindsTheEnclosingOneOfOverlappingRegions) {
   EXPECT_EQ(index.find(0x2080, 0x1000, nullptr)->id, 1U);
 }
 
-TEST(ResolveRows, NamesTheFirstBadRow) {
+TEST(SliceRows, NamesTheFirstBadRow) {
   const RegionIndex local = RegionIndex().with({0, {0x1000, 0x1000}});
   const RegionIndex remote = RegionIndex().with({0, {0x8000, 0x1000}});
   const auto reason = [&](std::int64_t src, std::int64_t dst, std::int64_t nbytes) -> std::string {
@@ -42,7 +44,8 @@ TEST(ResolveRows, NamesTheFirstBadRow) {
     const std::vector<std::int64_t> targets{0x8000, dst};
     const std::vector<std::int64_t> lengths{16, nbytes};
     try {
-      (void)resolve_rows(sources, targets, lengths, local, remote);
+      std::vector<WriteSlice> slices;
+      slice_rows({sources, targets, lengths}, local, remote, 4096, slices);
     } catch (const std::invalid_argument& error) {
       return error.what();
     }

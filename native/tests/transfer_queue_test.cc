@@ -45,8 +45,8 @@ class RecordingBackend final : public Backend {
   void add_stats(Stats& /*stats*/) const override {}
 };
 
-std::vector<WriteSlice> slices(std::size_t n, RegionId region = 0) {
-  return std::vector<WriteSlice>(n, {0, 0, 4096, region, 0});
+Slices slices(std::size_t n, RegionId region = 0) {
+  return std::make_shared<std::vector<WriteSlice>>(n, WriteSlice{0, 0, 4096, region, 0});
 }
 
 TEST(TransferQueue, KeepsAtMostQueueDepthInFlight) {

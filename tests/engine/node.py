@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import threading
 import time
 from collections import defaultdict, deque
@@ -16,7 +17,28 @@ from rdma_kv_cache._native import Engine, EngineConfig, checksum
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
 
-PATIENCE_S = 20.0
+#: The backend of every engine in these tests, and how many times slower than a host this machine
+#: is: an emulated guest with Soft-RoCE sets both.
+BACKEND = os.environ.get("RKV_TEST_BACKEND", "tcp")
+PATIENCE = float(os.environ.get("RKV_TEST_PATIENCE", "1"))
+PATIENCE_S = 20.0 * PATIENCE
+#: For a busy machine; what is not the subject of a test has a bound far beyond this.
+SLACK_S = 4.0 * PATIENCE
+#: Short, but long enough that no living peer is lost: with ACK timeouts below some 0.5 s an
+#: emulated Soft-RoCE loses connections by itself.
+PEER_TIMEOUT_S = 1.0 if BACKEND == "tcp" else 5.0
+#: Of hypothesis.
+EXAMPLES = max(5, int(60 / PATIENCE))
+
+# Every new process is a fork of one that has all of this imported already.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload([__name__])
+
+
+def make_config(**fields: Any) -> EngineConfig:
+    """A configuration of the backend that is tested."""
+    return EngineConfig(**{"backend": BACKEND, **fields})
+
 
 
 class Seen(NamedTuple):
@@ -42,7 +64,7 @@ class Node:
 
     def __init__(self, incarnation: int, nbytes: int, **config: Any) -> None:
         self.buffer = np.zeros(nbytes, np.uint8)
-        self.engine = Engine(EngineConfig(**config), incarnation)
+        self.engine = Engine(make_config(**config), incarnation)
         self.base = self.buffer.ctypes.data
         self.memory = self.engine.register_memory(self.base, nbytes)
         self.endpoint = self.engine.create_endpoint(f"peer-of-{incarnation}")
@@ -151,8 +173,15 @@ class Node:
         self.engine.close()
 
 
-def _serve(pipe: Connection, incarnation: int, nbytes: int, config: dict[str, Any]) -> None:
-    node = Node(incarnation, nbytes, **config)
+def _serve(
+    pipe: Connection, kind: type[Node], incarnation: int, nbytes: int, config: dict[str, Any]
+) -> None:
+    try:
+        node = kind(incarnation, nbytes, **config)
+    except Exception as error:  # noqa: BLE001 - handed to the caller in the other process
+        pipe.send((False, error))
+        return
+    pipe.send((True, None))
     while True:
         try:
             method, args = pipe.recv()
@@ -167,18 +196,30 @@ def _serve(pipe: Connection, incarnation: int, nbytes: int, config: dict[str, An
 class RemoteNode:
     """A Node in a process of its own; `call` runs one of its methods there."""
 
-    def __init__(self, incarnation: int, nbytes: int, **config: Any) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._pipe, far = context.Pipe()
-        self.process = context.Process(
-            target=_serve, args=(far, incarnation, nbytes, config), daemon=True
+    def __init__(
+        self, incarnation: int, nbytes: int, *, kind: type[Node] = Node, **config: Any
+    ) -> None:
+        self._pipe, far = PROCESSES.Pipe()
+        self.process = PROCESSES.Process(
+            target=_serve, args=(far, kind, incarnation, nbytes, config), daemon=True
         )
         self.process.start()
+        self._started = False
         far.close()
+
+    def wait_until_started(self) -> None:
+        """Raises what the Node's constructor raised."""
+        if not self._started:
+            self._answer("start")
+            self._started = True
 
     def call(self, method: str, *args: Any) -> Any:
         """Runs Node.`method` there; raises what it raised."""
+        self.wait_until_started()
         self._pipe.send((method, args))
+        return self._answer(method)
+
+    def _answer(self, method: str) -> Any:
         if not self._pipe.poll(PATIENCE_S + 5):
             raise TimeoutError(f"{method}: no answer from the other process")
         fine, result = self._pipe.recv()

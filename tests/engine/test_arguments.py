@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from rdma_kv_cache._native import Engine, EngineConfig, probe_backends
-from tests.engine.node import Node
+from tests.engine.node import BACKEND, Node, make_config
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -57,9 +57,9 @@ def test_unknown_and_unusable_backends() -> None:
 
 def test_engine_arguments() -> None:
     with pytest.raises(ValueError, match="incarnation is 0"):
-        Engine(EngineConfig(), 0)
+        Engine(make_config(), 0)
     with pytest.raises(RuntimeError, match="bind_host"):
-        Engine(EngineConfig(bind_host="203.0.113.1"), 1)
+        Engine(make_config(bind_host="203.0.113.1"), 1)
 
 
 def test_memory_arguments(node: Node) -> None:
@@ -80,7 +80,7 @@ def test_descriptors_are_read_before_anything_is_sent(node: Node, other: Node) -
         (good + b"x", [], "1 bytes too long"),
         (b"HTTP" + good[4:], [], "not an endpoint descriptor"),
         (good[:4] + b"\x09\x00" + good[6:], [], "version 9; this engine speaks version 1"),
-        (good.replace(b"tcp", b"foo", 1), [], "backend 'foo'"),
+        (good.replace(BACKEND.encode(), b"x" * len(BACKEND), 1), [], "backend 'x+'"),
         (node.endpoint.descriptor, [], "this endpoint's own"),
         (good, [memory, memory[:-1]], "memory descriptor 1 is truncated"),
         (good, [good], "memory descriptor 0 is not a memory descriptor"),

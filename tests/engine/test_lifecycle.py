@@ -10,16 +10,17 @@ import time
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rdma_kv_cache._native import Engine, EngineConfig, checksum
-from tests.engine.node import Node
+from rdma_kv_cache._native import Engine, checksum
+from tests.engine.node import EXAMPLES, PATIENCE_S, Node, make_config
 
 LEAKY_PROGRAM = """
 import numpy as np
-from rdma_kv_cache._native import Engine, EngineConfig
-engines = [Engine(EngineConfig(), i + 1) for i in range(2)]
+from rdma_kv_cache._native import Engine
+from tests.engine.node import make_config
+engines = [Engine(make_config(), i + 1) for i in range(2)]
 buffers = [np.zeros(1 << 20, np.uint8) for _ in engines]
 memory = [e.register_memory(b.ctypes.data, b.nbytes) for e, b in zip(engines, buffers)]
 ends = [e.create_endpoint("x") for e in engines]
@@ -32,7 +33,7 @@ print("leaving", flush=True)
 
 def test_the_interpreter_exits_with_engines_running() -> None:
     done = subprocess.run(
-        [sys.executable, "-c", LEAKY_PROGRAM], capture_output=True, timeout=20, check=False
+        [sys.executable, "-c", LEAKY_PROGRAM], capture_output=True, timeout=PATIENCE_S, check=False
     )
     assert (done.returncode, done.stdout.strip(), done.stderr) == (0, b"leaving", b"")
 
@@ -50,7 +51,7 @@ def test_close_is_final_and_may_be_repeated() -> None:
 
 
 def test_wait_and_close_release_the_gil() -> None:
-    engine = Engine(EngineConfig(), 1)
+    engine = Engine(make_config(), 1)
     turns = 0
     ended = threading.Event()
 
@@ -116,6 +117,7 @@ def xxh64(data: bytes) -> int:
     return acc ^ (acc >> 32)
 
 
+@settings(max_examples=EXAMPLES, deadline=None)
 @given(pages=st.lists(st.binary(max_size=200), min_size=1, max_size=4))
 def test_checksum_is_xxh64(pages: list[bytes]) -> None:
     whole = np.frombuffer(b"".join(pages) + b"\0", np.uint8)

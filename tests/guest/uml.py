@@ -49,7 +49,9 @@ class UmlLane(Lane):
     @staticmethod
     def check() -> None:
         host.require_x86_64()
-        host.require("setpriv", "bash", "ip", "rdma")
+        host.require("setpriv", "unshare", "bash", "ip", "rdma")
+        if os.geteuid() != 0:
+            raise host.GuestUnavailableError("not root, which a PID namespace needs")
         if not os.access(kernel_path(), os.X_OK):
             raise host.GuestUnavailableError(
                 f"no User-Mode Linux kernel {kernel_path()} (tests/guest/build_uml.sh builds it)"
@@ -61,7 +63,9 @@ class UmlLane(Lane):
         env = {**os.environ, "TMPDIR": str(_memory_folder(self.spec))}
         for node in range(self.spec.nodes):
             fds = [cable[node].fileno() for cable in self._cables]
-            argv = [str(kernel_path()), *uml_arguments(self.spec, self.folder, node, fds)]
+            # Its helper process outlives it, unless a PID namespace ends with it.
+            argv = [host.command("unshare"), "--pid", "--fork", "--kill-child", str(kernel_path())]
+            argv += uml_arguments(self.spec, self.folder, node, fds)
             self.processes.append(self._spawn(f"node{node}", argv, fds, env))
 
     def set_link(self, node: int, rail: int, *, on: bool) -> None:

@@ -5,8 +5,8 @@
 #include <stdexcept>
 #include <utility>
 
-#include "core/coalesce.h"
 #include "core/error.h"
+#include "core/rows.h"
 
 namespace rkv {
 namespace {
@@ -210,9 +210,9 @@ TransferId Engine::write(PeerId peer, std::span<const std::int64_t> local,
     remote_regions = find_usable_peer(peer, "write()").remote_regions;
     local_regions = local_regions_;
   }
-  std::vector<WriteSlice> slices =
-      coalesce_and_slice(resolve_rows(local, remote, nbytes, *local_regions, *remote_regions),
-                         static_cast<std::uint64_t>(config_.block_size));
+  Slices slices = slice_pool_->take();
+  slice_rows({local, remote, nbytes}, *local_regions, *remote_regions,
+             static_cast<std::uint64_t>(config_.block_size), *slices);
   const std::lock_guard lock(mutex_);
   find_usable_peer(peer, "write()");  // it may have been lost meanwhile
   const TransferId id = next_transfer_++;

@@ -17,6 +17,7 @@
 #include "core/event_queue.h"
 #include "core/progress.h"
 #include "core/regions.h"
+#include "core/slice_pool.h"
 
 namespace rkv {
 
@@ -103,6 +104,7 @@ class Engine {
 
   const EngineConfig config_;
   const std::uint64_t incarnation_;
+  const std::shared_ptr<SlicePool> slice_pool_ = std::make_shared<SlicePool>();
   EventQueue events_;
 
   std::mutex mutex_;  // guards all below but progress_

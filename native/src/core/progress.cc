@@ -134,25 +134,25 @@ void Progress::handle(const Completion& completion) {
   }
 }
 
-void Progress::submit(PeerId peer, TransferId id, std::size_t rows, std::vector<WriteSlice> slices,
+void Progress::submit(PeerId peer, TransferId id, std::size_t rows, Slices slices,
                       std::optional<std::uint32_t> imm) {
   Connection& connection = get(peer);
   ++counters_.transfers;
   counters_.descriptors_in += rows;
-  counters_.descriptors_out += slices.size();
+  counters_.descriptors_out += slices->size();
   std::string failure;
   if (connection.state == Connection::State::kLost) failure = connection.lost_reason;
-  const bool deregistered = std::any_of(slices.begin(), slices.end(), [this](const auto& slice) {
+  const bool deregistered = std::any_of(slices->begin(), slices->end(), [this](const auto& slice) {
     return !regions_.contains(slice.local_region);
   });
   if (deregistered) failure = "its source memory was deregistered";
-  if (!failure.empty() || slices.empty()) {
+  if (!failure.empty() || slices->empty()) {
     finish_transfer(connection, id, failure.empty() ? nullptr : &failure);
     if (failure.empty() && imm) signal(peer, *imm);
     return;
   }
   std::uint64_t nbytes = 0;
-  for (const WriteSlice& slice : slices) nbytes += slice.nbytes;
+  for (const WriteSlice& slice : *slices) nbytes += slice.nbytes;
   connection.bytes_submitted += nbytes;
   counters_.bytes_submitted += nbytes;
   if (imm) ++counters_.signals_sent;

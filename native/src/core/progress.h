@@ -59,7 +59,7 @@ class Progress {
   [[nodiscard]] std::unique_ptr<PinnedMemory> deregister_memory(RegionId region);
   Bytes create_endpoint(PeerId peer, const std::string& label, const Token& token);
   void connect(PeerId peer, const EndpointDescriptor& remote, std::vector<RemoteMemory> memory);
-  void submit(PeerId peer, TransferId id, std::size_t rows, std::vector<WriteSlice> slices,
+  void submit(PeerId peer, TransferId id, std::size_t rows, Slices slices,
               std::optional<std::uint32_t> imm);
   void signal(PeerId peer, std::uint32_t imm);
   void send(PeerId peer, Bytes message);

@@ -15,19 +15,13 @@ constexpr std::uint32_t kMagic = 0x4d564b52;  // "RKVM"
 constexpr std::uint16_t kVersion = 1;
 constexpr std::size_t kDescribedRegions = 4;  ///< An error text needs no more to be understood.
 
-std::string range_text(const MemoryRange& range) {
+}  // namespace
+
+std::string MemoryRange::text() const {
   std::ostringstream text;
-  text << "[0x" << std::hex << range.address << ", +" << std::dec << range.nbytes << ")";
+  text << "[0x" << std::hex << address << ", +" << std::dec << nbytes << ")";
   return text.str();
 }
-
-[[noreturn]] void throw_bad_row(std::size_t row, const char* side, const MemoryRange& range,
-                                const std::string& why) {
-  throw std::invalid_argument("write(): row " + std::to_string(row) + ": " + side + " range " +
-                              range_text(range) + " " + why);
-}
-
-}  // namespace
 
 RegionIndex::RegionIndex(std::vector<Region> regions) : regions_(std::move(regions)) {
   std::sort(regions_.begin(), regions_.end(),
@@ -63,7 +57,7 @@ RegionIndex RegionIndex::without(RegionId id) const {
 std::string RegionIndex::describe() const {
   std::string text = std::to_string(regions_.size()) + " regions";
   for (std::size_t i = 0; i < std::min(regions_.size(), kDescribedRegions); ++i) {
-    text += (i == 0 ? ": " : ", ") + range_text(regions_[i].range);
+    text += (i == 0 ? ": " : ", ") + regions_[i].range.text();
   }
   if (regions_.size() > kDescribedRegions) text += ", ...";
   return text;
@@ -100,38 +94,6 @@ MemoryDescriptor MemoryDescriptor::decode(std::string_view bytes) {
     throw FormatError("of memory that wraps round the address space");
   }
   return descriptor;
-}
-
-std::vector<WriteSlice> resolve_rows(std::span<const std::int64_t> local,
-                                     std::span<const std::int64_t> remote,
-                                     std::span<const std::int64_t> nbytes,
-                                     const RegionIndex& local_regions,
-                                     const RegionIndex& remote_regions) {
-  std::vector<WriteSlice> rows(nbytes.size());
-  const RegionIndex::Region* local_hint = nullptr;
-  const RegionIndex::Region* remote_hint = nullptr;
-  for (std::size_t i = 0; i < rows.size(); ++i) {
-    const MemoryRange source{static_cast<std::uint64_t>(local[i]),
-                             static_cast<std::uint64_t>(nbytes[i])};
-    const MemoryRange target{static_cast<std::uint64_t>(remote[i]), source.nbytes};
-    if (nbytes[i] < 0) {
-      throw std::invalid_argument("write(): row " + std::to_string(i) + ": nbytes is " +
-                                  std::to_string(nbytes[i]));
-    }
-    if (nbytes[i] == 0) continue;
-    local_hint = local_regions.find(source.address, source.nbytes, local_hint);
-    if (local_hint == nullptr) {
-      throw_bad_row(i, "local", source,
-                    "is not inside registered memory (" + local_regions.describe() + ")");
-    }
-    remote_hint = remote_regions.find(target.address, target.nbytes, remote_hint);
-    if (remote_hint == nullptr) {
-      throw_bad_row(i, "remote", target,
-                    "is not inside the peer's memory (" + remote_regions.describe() + ")");
-    }
-    rows[i] = {source.address, target.address, source.nbytes, local_hint->id, remote_hint->id};
-  }
-  return rows;
 }
 
 }  // namespace rkv

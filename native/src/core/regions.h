@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstdint>
-#include <span>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -20,6 +19,8 @@ struct MemoryRange {
   [[nodiscard]] bool contains(std::uint64_t first, std::uint64_t n) const {
     return first >= address && first - address <= nbytes && n <= nbytes - (first - address);
   }
+  /// "[0x7f00, +4096)"
+  [[nodiscard]] std::string text() const;
   [[nodiscard]] bool overlaps(const MemoryRange& other) const {
     return address < other.address + other.nbytes && other.address < address + nbytes;
   }
@@ -62,13 +63,5 @@ struct MemoryDescriptor {
   /// @throw FormatError naming what is wrong.
   [[nodiscard]] static MemoryDescriptor decode(std::string_view bytes);
 };
-
-/// Turns the three columns of write() into rows with their regions looked up.
-/// @throw std::invalid_argument naming the first bad row.
-[[nodiscard]] std::vector<WriteSlice> resolve_rows(std::span<const std::int64_t> local,
-                                                   std::span<const std::int64_t> remote,
-                                                   std::span<const std::int64_t> nbytes,
-                                                   const RegionIndex& local_regions,
-                                                   const RegionIndex& remote_regions);
 
 }  // namespace rkv

@@ -7,8 +7,7 @@
 
 namespace rkv {
 
-void TransferQueue::add_write(TransferId id, std::vector<WriteSlice> slices,
-                              std::optional<std::uint32_t> imm) {
+void TransferQueue::add_write(TransferId id, Slices slices, std::optional<std::uint32_t> imm) {
   auto transfer = std::make_shared<Transfer>();
   transfer->id = id;
   transfer->slices = std::move(slices);
@@ -42,17 +41,17 @@ bool TransferQueue::post_front(Backend& backend) {
 /// @return whether all slices are posted.
 bool TransferQueue::post_slices(Backend& backend, Transfer& transfer) {
   const std::size_t room = queue_depth_ - in_flight_;
-  const std::size_t left = transfer.slices.size() - transfer.posted;
+  const std::size_t left = transfer.slices->size() - transfer.posted;
   const std::size_t offered = std::min(room, left);
   if (offered == 0) return false;
   const Posted posted = backend.post_writes(
-      peer_, transfer.id, std::span(transfer.slices).subspan(transfer.posted, offered),
+      peer_, transfer.id, std::span(*transfer.slices).subspan(transfer.posted, offered),
       offered == left ? transfer.imm : std::nullopt);
   if (posted.signalled) transfer.imm.reset();
   transfer.posted += posted.slices;
   in_flight_ += posted.slices;
   slices_posted_ += posted.slices;
-  return transfer.posted == transfer.slices.size();
+  return transfer.posted == transfer.slices->size();
 }
 
 bool TransferQueue::landed(TransferId id, std::size_t slices) {
@@ -60,7 +59,7 @@ bool TransferQueue::landed(TransferId id, std::size_t slices) {
   const auto found = outstanding_.find(id);
   Transfer& transfer = *found->second;
   transfer.landed += slices;
-  if (transfer.landed < transfer.slices.size()) return false;
+  if (transfer.landed < transfer.slices->size()) return false;
   outstanding_.erase(found);
   return true;
 }
@@ -78,7 +77,7 @@ std::vector<TransferId> TransferQueue::abandon() {
 
 bool TransferQueue::reads_from(RegionId region) const {
   return std::any_of(outstanding_.begin(), outstanding_.end(), [region](const auto& entry) {
-    const auto& slices = entry.second->slices;
+    const auto& slices = *entry.second->slices;
     return std::any_of(slices.begin(), slices.end(),
                        [region](const WriteSlice& slice) { return slice.local_region == region; });
   });

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "core/backend.h"
+#include "core/slice_pool.h"
 #include "core/types.h"
 
 namespace rkv {
@@ -17,8 +18,8 @@ namespace rkv {
 /// One write(): its slices and how far they are.
 struct Transfer {
   TransferId id = 0;
-  std::vector<WriteSlice> slices;
-  std::optional<std::uint32_t> imm;  ///< Signal behind the last slice.
+  Slices slices = nullptr;
+  std::optional<std::uint32_t> imm = {};  ///< Signal behind the last slice.
   std::size_t posted = 0;
   std::size_t landed = 0;
 };
@@ -31,8 +32,7 @@ class TransferQueue {
   TransferQueue(PeerId peer, std::size_t queue_depth) : peer_(peer), queue_depth_(queue_depth) {}
 
   /// Each id once; `slices` must not be empty. `imm` is a signal to follow.
-  void add_write(TransferId id, std::vector<WriteSlice> slices,
-                 std::optional<std::uint32_t> imm = {});
+  void add_write(TransferId id, Slices slices, std::optional<std::uint32_t> imm = {});
   void add_signal(std::uint32_t imm);
 
   /// Posts what the window and the backend take. @return whether anything was posted.

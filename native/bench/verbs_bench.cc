@@ -1,0 +1,309 @@
+// SPDX-License-Identifier: Apache-2.0
+/// Two engines in two processes, driven by orders on stdin, one a line:
+///
+///   write BLOCK BATCH      seconds from write() of a batch of scattered blocks to kTransferDone
+///   pingpong BLOCK ROUNDS  half round trips of a block with its signal, p50 and p99
+///
+/// Each is answered by a line of JSON, as is the start. Both regions are shared memory, so the
+/// writing process sees for itself what landed: it compares after the first batch of each shape.
+///
+/// usage: rkv_verbs_bench [FIELD=VALUE]...   fields of EngineConfig, such as backend=verbs
+#include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/socket.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <array>
+#include <cerrno>
+#include <csignal>
+#include <cstdio>
+#include <cstring>
+#include <iostream>
+#include <numeric>
+#include <random>
+#include <set>
+#include <sstream>
+#include <system_error>
+
+#include "backends/backends.h"
+#include "core/engine.h"
+#include "core/unique_fd.h"
+
+namespace {
+
+using rkv::Clock;
+using rkv::Event;
+using rkv::EventKind;
+
+constexpr std::size_t kRegionBytes = std::size_t{256} << 20;
+constexpr std::chrono::seconds kPatience{300};  // 4 GiB at Soft-RoCE's slowest in an emulated guest
+constexpr std::int64_t kWarmUpRounds = 20;
+
+[[noreturn]] void fail(const char* call) {
+  throw std::system_error(errno, std::generic_category(), call);
+}
+
+/// Shared by both processes, at the same address.
+struct Region {
+  Region()
+      : data(static_cast<unsigned char*>(mmap(nullptr, kRegionBytes, PROT_READ | PROT_WRITE,
+                                              MAP_SHARED | MAP_ANONYMOUS, -1, 0))) {
+    if (data == MAP_FAILED) fail("mmap");
+  }
+  Region(const Region&) = delete;
+  Region& operator=(const Region&) = delete;
+  ~Region() { munmap(data, kRegionBytes); }
+
+  [[nodiscard]] std::int64_t address(std::size_t offset) const {
+    return static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(data) + offset);
+  }
+  [[nodiscard]] rkv::MemoryRange range() const {
+    return {static_cast<std::uint64_t>(address(0)), kRegionBytes};
+  }
+
+  unsigned char* data;
+};
+
+/// To the other process.
+class Pipe {
+ public:
+  explicit Pipe(int fd) : fd_(fd) {}
+
+  void send(const rkv::Bytes& message) {
+    if (::send(fd_.get(), message.data(), message.size(), MSG_NOSIGNAL) < 0) fail("send");
+  }
+  /// Empty when the other process has closed its end.
+  [[nodiscard]] rkv::Bytes receive() {
+    rkv::Bytes message(std::size_t{1} << 16, '\0');
+    const ssize_t n = ::recv(fd_.get(), message.data(), message.size(), 0);
+    if (n < 0) fail("recv");
+    message.resize(static_cast<std::size_t>(n));
+    return message;
+  }
+
+ private:
+  rkv::UniqueFd fd_;
+};
+
+/// One process's engine, connected to the other's.
+class End {
+ public:
+  End(std::uint64_t incarnation, const rkv::EngineConfig& config, const Region& own, Pipe& pipe)
+      : engine(config, incarnation, rkv::create_backend(config)),
+        memory_(engine.register_memory(own.range())),
+        endpoint_(engine.create_endpoint("bench")) {
+    pipe.send(endpoint_.descriptor);
+    pipe.send(memory_.descriptor);
+    const rkv::Bytes descriptor = pipe.receive();
+    engine.connect(endpoint_.peer, descriptor, {pipe.receive()});
+    (void)expect(EventKind::kConnected);
+  }
+
+  [[nodiscard]] rkv::PeerId peer() const { return endpoint_.peer; }
+
+  /// The next event of `kind`; others are dropped.
+  [[nodiscard]] Event expect(EventKind kind) {
+    const Clock::time_point deadline = Clock::now() + kPatience;
+    while (Clock::now() < deadline) {
+      if (!engine.events().wait(std::chrono::seconds(1))) continue;
+      for (Event& event : engine.events().poll(1)) {
+        if (event.kind == kind) return std::move(event);
+        if (!event.reason.empty()) throw std::runtime_error(event.reason);
+      }
+    }
+    throw std::runtime_error("no event of kind " + std::to_string(static_cast<int>(kind)));
+  }
+
+  void write_block(const Region& from, const Region& to, std::int64_t block, std::uint32_t imm) {
+    const std::array local{from.address(0)};
+    const std::array remote{to.address(0)};
+    const std::array nbytes{block};
+    (void)engine.write(peer(), local, remote, nbytes, imm);
+  }
+
+  rkv::Engine engine;
+
+ private:
+  rkv::RegisteredMemory memory_;
+  rkv::CreatedEndpoint endpoint_;
+};
+
+struct Rows {
+  std::vector<std::int64_t> local;
+  std::vector<std::int64_t> remote;
+  std::vector<std::int64_t> nbytes;
+};
+
+std::vector<std::size_t> shuffled(std::size_t n, std::mt19937& random) {
+  std::vector<std::size_t> order(n);
+  std::iota(order.begin(), order.end(), std::size_t{0});
+  std::shuffle(order.begin(), order.end(), random);
+  return order;
+}
+
+/// `batch` rows, no two neighbours of which can be coalesced. A batch larger than the region goes
+/// over it again with the same pairs, so that it does not matter which of two rows lands last.
+Rows scatter(const Region& from, const Region& to, std::size_t block, std::size_t batch,
+             std::mt19937& random) {
+  const std::size_t slots = kRegionBytes / block;
+  const std::vector<std::size_t> source = shuffled(slots, random);
+  const std::vector<std::size_t> target = shuffled(slots, random);
+  Rows rows{{}, {}, std::vector(batch, static_cast<std::int64_t>(block))};
+  for (std::size_t i = 0; i < batch; ++i) {
+    const std::size_t at = i % slots;
+    const std::size_t next = (i + 1) % slots;
+    if (source[next] == source[at] + 1 && target[next] == target[at] + 1) {
+      return scatter(from, to, block, batch, random);
+    }
+    rows.local.push_back(from.address(source[at] * block));
+    rows.remote.push_back(to.address(target[at] * block));
+  }
+  return rows;
+}
+
+void* at(std::int64_t address) { return reinterpret_cast<void*>(address); }
+
+/// The process that reads orders.
+class Writer {
+ public:
+  Writer(const rkv::EngineConfig& config, const Region& source, const Region& target, Pipe& pipe)
+      : source_(source), target_(target), pipe_(pipe), end_(1, config, source, pipe) {
+    std::printf("{\"backend\": \"%s\"}\n", std::string(end_.engine.backend()).c_str());
+  }
+
+  void obey(const std::string& line) {
+    std::istringstream order(line);
+    std::string verb;
+    std::int64_t block = 0;
+    std::int64_t count = 0;
+    if (!(order >> verb >> block >> count) || block <= 0 || count <= 0 ||
+        block > static_cast<std::int64_t>(kRegionBytes)) {
+      throw std::invalid_argument("cannot read the order '" + line + "'");
+    }
+    if (verb == "write") return write(static_cast<std::size_t>(block), count);
+    if (verb == "pingpong") return pingpong(block, count);
+    throw std::invalid_argument("no order '" + verb + "'");
+  }
+
+ private:
+  void write(std::size_t block, std::int64_t batch) {
+    const Rows rows = scatter(source_, target_, block, static_cast<std::size_t>(batch), random_);
+    const bool verify = verified_.emplace(block, batch).second;
+    if (verify) {
+      for (const std::int64_t row : rows.remote) std::memset(at(row), 0xff, block);
+    }
+    const Clock::time_point start = Clock::now();
+    const rkv::TransferId id =
+        end_.engine.write(end_.peer(), rows.local, rows.remote, rows.nbytes);
+    while (end_.expect(EventKind::kTransferDone).id != id) continue;
+    const std::chrono::duration<double> took = Clock::now() - start;
+    for (std::size_t i = 0; verify && i < rows.local.size(); ++i) {
+      if (std::memcmp(at(rows.local[i]), at(rows.remote[i]), block) != 0) {
+        throw std::runtime_error("row " + std::to_string(i) + " differs");
+      }
+    }
+    std::printf("{\"seconds\": %.9f, \"verified\": %s}\n", took.count(), verify ? "true" : "false");
+  }
+
+  void pingpong(std::int64_t block, std::int64_t rounds) {
+    pipe_.send(std::to_string(block) + " " + std::to_string(rounds + kWarmUpRounds));
+    std::vector<double> halves;
+    for (std::int64_t i = 0; i < rounds + kWarmUpRounds; ++i) {
+      const Clock::time_point start = Clock::now();
+      end_.write_block(source_, target_, block, 1);
+      (void)end_.expect(EventKind::kImm);
+      const std::chrono::duration<double, std::micro> took = Clock::now() - start;
+      if (i >= kWarmUpRounds) halves.push_back(took.count() / 2);
+    }
+    std::sort(halves.begin(), halves.end());
+    std::printf("{\"p50_us\": %.3f, \"p99_us\": %.3f}\n", halves[halves.size() / 2],
+                halves[halves.size() * 99 / 100]);
+  }
+
+  const Region& source_;
+  const Region& target_;
+  Pipe& pipe_;
+  End end_;
+  std::mt19937 random_{1};
+  std::set<std::pair<std::size_t, std::int64_t>> verified_;
+};
+
+/// The other process: answers pings until its pipe closes.
+void serve(const rkv::EngineConfig& config, const Region& source, const Region& target,
+           Pipe& pipe) {
+  End end(2, config, target, pipe);
+  for (rkv::Bytes order = pipe.receive(); !order.empty(); order = pipe.receive()) {
+    std::istringstream fields(order);
+    std::int64_t block = 0;
+    std::int64_t rounds = 0;
+    fields >> block >> rounds;
+    for (; rounds > 0; --rounds) {
+      (void)end.expect(EventKind::kImm);
+      end.write_block(target, source, block, 1);
+    }
+  }
+}
+
+rkv::EngineConfig parse(int argc, char** argv) {
+  using rkv::EngineConfig;
+  const std::pair<std::string, std::int64_t EngineConfig::*> numbers[] = {
+      {"block_size", &EngineConfig::block_size},     {"gid_index", &EngineConfig::gid_index},
+      {"queue_depth", &EngineConfig::queue_depth},   {"qps_per_peer", &EngineConfig::qps_per_peer},
+      {"progress_cpu", &EngineConfig::progress_cpu}, {"spin_us", &EngineConfig::spin_us}};
+  const std::pair<std::string, std::string EngineConfig::*> texts[] = {
+      {"backend", &EngineConfig::backend}, {"devices", &EngineConfig::devices}};
+  EngineConfig config;
+  config.backend = "verbs";
+  for (const std::string argument : std::vector<std::string>(argv + 1, argv + argc)) {
+    const std::string name = argument.substr(0, argument.find('='));
+    const std::string value = argument.substr(std::min(name.size() + 1, argument.size()));
+    bool known = false;
+    for (const auto& [field, member] : numbers) {
+      if (field == name) config.*member = std::stoll(value), known = true;
+    }
+    for (const auto& [field, member] : texts) {
+      if (field == name) config.*member = value, known = true;
+    }
+    if (!known) throw std::invalid_argument("no field '" + name + "'");
+  }
+  config.validate();
+  return config;
+}
+
+int run(int argc, char** argv) {
+  const rkv::EngineConfig config = parse(argc, argv);
+  const Region source;
+  const Region target;
+  int fds[2];
+  if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, fds) != 0) fail("socketpair");
+  const pid_t child = fork();  // before there are threads
+  if (child < 0) fail("fork");
+  Pipe pipe(fds[child == 0 ? 1 : 0]);
+  close(fds[child == 0 ? 0 : 1]);
+  if (child == 0) {
+    prctl(PR_SET_PDEATHSIG, SIGKILL);
+    serve(config, source, target, pipe);
+    return 0;
+  }
+  std::mt19937_64 random(2);
+  for (std::size_t i = 0; i < kRegionBytes; i += sizeof(std::uint64_t)) {
+    const std::uint64_t word = random();
+    std::memcpy(source.data + i, &word, sizeof word);
+  }
+  std::memset(target.data, 0xff, kRegionBytes);  // every page must be there
+  Writer writer(config, source, target, pipe);
+  std::fflush(stdout);
+  for (std::string line; std::getline(std::cin, line); std::fflush(stdout)) writer.obey(line);
+  return 0;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) try {
+  return run(argc, argv);
+} catch (const std::exception& error) {
+  std::fprintf(stderr, "rkv_verbs_bench: %s\n", error.what());
+  return 1;
+}
