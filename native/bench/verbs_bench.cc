@@ -39,6 +39,7 @@ using rkv::EventKind;
 
 constexpr std::size_t kRegionBytes = std::size_t{256} << 20;
 constexpr std::chrono::seconds kPatience{300};  // 4 GiB at Soft-RoCE's slowest in an emulated guest
+constexpr double kPeerTimeoutS = 60;            // an emulated guest may stand still for seconds
 constexpr std::int64_t kWarmUpRounds = 20;
 
 [[noreturn]] void fail(const char* call) {
@@ -195,8 +196,7 @@ class Writer {
       for (const std::int64_t row : rows.remote) std::memset(at(row), 0xff, block);
     }
     const Clock::time_point start = Clock::now();
-    const rkv::TransferId id =
-        end_.engine.write(end_.peer(), rows.local, rows.remote, rows.nbytes);
+    const rkv::TransferId id = end_.engine.write(end_.peer(), rows.local, rows.remote, rows.nbytes);
     while (end_.expect(EventKind::kTransferDone).id != id) continue;
     const std::chrono::duration<double> took = Clock::now() - start;
     for (std::size_t i = 0; verify && i < rows.local.size(); ++i) {
@@ -256,7 +256,9 @@ rkv::EngineConfig parse(int argc, char** argv) {
       {"backend", &EngineConfig::backend}, {"devices", &EngineConfig::devices}};
   EngineConfig config;
   config.backend = "verbs";
-  for (const std::string argument : std::vector<std::string>(argv + 1, argv + argc)) {
+  config.peer_timeout_s = kPeerTimeoutS;
+  for (int i = 1; i < argc; ++i) {
+    const std::string argument = argv[i];
     const std::string name = argument.substr(0, argument.find('='));
     const std::string value = argument.substr(std::min(name.size() + 1, argument.size()));
     bool known = false;

@@ -6,6 +6,7 @@
 #include "bindings.h"
 #include "columns.h"
 #include "core/checksum.h"
+#include "core/numa.h"
 
 namespace py = pybind11;
 
@@ -42,6 +43,8 @@ void register_tools(py::module_& module) {
              "XXH64 (seed 0) of each range of this process's memory.\n\n"
              "Two int64 arrays of shape (n,): addresses and bytes; returns uint64 of shape (n,). "
              "The memory must be mapped: addresses are not checked.");
+  module.def("numa_node", &numa_node, py::arg("address"),
+             "NUMA node of the page at `address`; -1 if it was never touched or none is known.");
 }
 
 }  // namespace rkv::python

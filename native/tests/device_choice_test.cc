@@ -62,6 +62,11 @@ TEST(DistanceBetween, IsThatOfNvidiaSmi) {
   EXPECT_EQ(between(h100, "0000:1b:00.0", "0000:40:00.0"), Distance::kNode);
   EXPECT_EQ(between(h100, "0000:1b:00.0", "0000:9a:00.0"), Distance::kSys);
   EXPECT_EQ(distance(a100.pci.at("0000:07:00.0"), {}), Distance::kUnknown);
+  // One more bridge on one side only.
+  const PciDevice near{.path = {"pci0000:00", "0000:00:01.0", "0000:01:00.0", "0000:02:00.0"}};
+  const PciDevice beyond{
+      .path = {"pci0000:00", "0000:00:01.0", "0000:01:01.0", "0000:03:00.0", "0000:04:00.0"}};
+  EXPECT_EQ(distance(near, beyond), Distance::kPxb);
 }
 
 /// Two GPUs share two NICs at PXB: each takes one.
@@ -145,6 +150,15 @@ TEST(ChoosePorts, WorkstationGpu) {
   EXPECT_EQ(names(choice), Names{"mlx5_0:1"});
   EXPECT_EQ(choice.ports[0].why,
             "PHB from 0000:0a:00.0; GID 3 = ::ffff:192.168.7.2 (RoCE v2, enp1s0f0np0)");
+}
+
+TEST(ChoosePorts, GpuBeyondTheHostBridgeTakesOne) {
+  Host host = read_tree("workstation_roce");
+  Port& second = port_of(host, "mlx5_1");
+  second.state = "ACTIVE";
+  second.rate_gbps = 100;
+  for (Gid& gid : second.gids) gid.netdev_down = false;
+  EXPECT_EQ(near(host, "pci:0000:0a:00.0"), Names{"mlx5_0:1"});
 }
 
 TEST(ChoosePorts, SoftwareDeviceOnlyWithoutHardware) {

@@ -29,8 +29,8 @@ inline bool eventually(const std::function<bool()>& condition) {
 }
 
 /// One device opened, with a CQ on a channel, an SRQ and a registered buffer.
-struct Host {
-  Host(FakeFabric& fabric, int index, int cqe = 64)
+struct FakeHost {
+  FakeHost(FakeFabric& fabric, int index, int cqe = 64)
       : device_name("rxe" + std::to_string(index)), gid(fabric.gid(device_name, 1)) {
     ibv_device** list = lib.get_device_list(nullptr);
     context.reset(lib.open_device(list[index]));
@@ -98,7 +98,7 @@ struct Host {
   Handle<ibv_mr> mr{nullptr, {&lib}};
 };
 
-inline ibv_qp_attr attributes(const Host& to, std::uint32_t dest_qp_num) {
+inline ibv_qp_attr attributes(const FakeHost& to, std::uint32_t dest_qp_num) {
   ibv_qp_attr attr{};
   attr.port_num = 1;
   attr.qp_access_flags = IBV_ACCESS_REMOTE_WRITE;
@@ -155,8 +155,8 @@ struct Pair {
   }
 
   FakeFabric fabric;
-  Host a{fabric, 0};
-  Host b{fabric, 1};
+  FakeHost a{fabric, 0};
+  FakeHost b{fabric, 1};
   Handle<ibv_qp> qp_a = a.make_qp();
   Handle<ibv_qp> qp_b = b.make_qp();
   std::uint32_t lkey = a.mr->lkey;

@@ -12,7 +12,7 @@ namespace {
 
 TEST(FakeRdma, StatesNeedTheirAttributes) {
   FakeFabric fabric({.devices = {{.name = "rxe0"}}});
-  Host host(fabric, 0);
+  FakeHost host(fabric, 0);
   auto qp = host.make_qp();
   const ibv_qp_attr attr = attributes(host, qp->qp_num);
   EXPECT_EQ(move(qp.get(), attr, IBV_QPS_RTR, kToRtr), EINVAL);  // Not from RESET.
@@ -210,7 +210,7 @@ TEST(FakeRdma, NotificationIsOneShot) {
 
 TEST(FakeRdma, OverflowIsReported) {
   FakeFabric fabric;
-  Host host(fabric, 0, 2);
+  FakeHost host(fabric, 0, 2);
   auto qp = host.make_qp();
   connect(qp.get(), attributes(host, qp->qp_num));
   ASSERT_EQ(move(qp.get(), {}, IBV_QPS_ERR, IBV_QP_STATE), 0);
@@ -226,7 +226,7 @@ TEST(FakeRdma, OverflowIsReported) {
 TEST(FakeRdma, WhatIsInUseIsBusy) {
   FakeFabric fabric;
   {
-    Host host(fabric, 0);
+    FakeHost host(fabric, 0);
     auto qp = host.make_qp();
     EXPECT_EQ(host.lib.destroy_cq(host.cq.get()), EBUSY);
     EXPECT_EQ(host.lib.destroy_srq(host.srq.get()), EBUSY);

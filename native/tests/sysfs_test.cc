@@ -115,6 +115,28 @@ TEST(ReadHost, MissingFilesLeaveDefaults) {
   EXPECT_TRUE(host.pci.empty());
 }
 
+TEST(ReadHost, GidOfUnreadableTypeIsNone) {
+  const SysfsTree tree("workstation_roce");
+  std::filesystem::remove(tree.root() / "class/infiniband/mlx5_0/ports/1/gid_attrs/types/3");
+  const std::vector<Gid> gids = read_host(tree.root()).ports.at(0).gids;
+  ASSERT_EQ(gids.size(), 3U);
+  EXPECT_EQ(gids.back().index, 2);
+}
+
+/// ibv_global_route::sgid_index has eight bits.
+TEST(ReadHost, IgnoresGidsBeyondEightBits) {
+  const SysfsTree tree("soft_roce");
+  const auto port = tree.root() / "class/infiniband/rxe0/ports/1";
+  for (int i = 4; i <= 256; ++i) {
+    const std::string slot = std::to_string(i);
+    std::ofstream(port / "gids" / slot) << "0000:0000:0000:0000:0000:ffff:0a4d:0002\n";
+    std::ofstream(port / "gid_attrs/types" / slot) << "RoCE v2\n";
+  }
+  const Port read = read_host(tree.root()).ports.at(0);
+  EXPECT_EQ(read.gid_slots, 256);
+  EXPECT_EQ(read.gids.back().index, 255);
+}
+
 TEST(ReadHost, GidOfNetdevInAnotherNamespace) {
   const SysfsTree tree("roce_bond");
   std::filesystem::remove_all(tree.root() / "class/net");

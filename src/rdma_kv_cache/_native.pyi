@@ -6,12 +6,12 @@ import collections.abc
 import numpy
 import numpy.typing
 import typing
-__all__: list[str] = ['BackendInfo', 'Endpoint', 'Engine', 'EngineConfig', 'Event', 'EventKind', 'LocalMemory', 'checksum', 'probe_backends']
+__all__: list[str] = ['BackendInfo', 'Endpoint', 'Engine', 'EngineConfig', 'Event', 'EventKind', 'LocalMemory', 'checksum', 'numa_node', 'probe_backends']
 class EngineConfig:
     """
     Immutable settings of an Engine.
     """
-    def __init__(self, *, backend: str = 'auto', bind_host: str = '127.0.0.1', block_size: typing.SupportsInt | typing.SupportsIndex = 1048576, queue_depth: typing.SupportsInt | typing.SupportsIndex = 1024, qps_per_peer: typing.SupportsInt | typing.SupportsIndex = 2, peer_timeout_s: typing.SupportsFloat | typing.SupportsIndex = 5.0, connect_timeout_s: typing.SupportsFloat | typing.SupportsIndex = 15.0, spin_us: typing.SupportsInt | typing.SupportsIndex = 0) -> None:
+    def __init__(self, *, backend: str = 'auto', bind_host: str = '127.0.0.1', devices: str = 'auto', gid_index: typing.SupportsInt | typing.SupportsIndex = -1, near: str = '', traffic_class: typing.SupportsInt | typing.SupportsIndex = 0, service_level: typing.SupportsInt | typing.SupportsIndex = 0, block_size: typing.SupportsInt | typing.SupportsIndex = 1048576, queue_depth: typing.SupportsInt | typing.SupportsIndex = 1024, qps_per_peer: typing.SupportsInt | typing.SupportsIndex = 2, peer_timeout_s: typing.SupportsFloat | typing.SupportsIndex = 5.0, connect_timeout_s: typing.SupportsFloat | typing.SupportsIndex = 15.0, spin_us: typing.SupportsInt | typing.SupportsIndex = -1, progress_cpu: typing.SupportsInt | typing.SupportsIndex = -1) -> None:
         """
         Raises ValueError naming the field that is out of range.
         """
@@ -36,9 +36,29 @@ class EngineConfig:
         Seconds from connect() until both sides must be ready.
         """
     @property
+    def devices(self) -> str:
+        """
+        RDMA devices: 'auto', or names such as 'mlx5_0,mlx5_1:2' (device:port).
+        """
+    @property
+    def gid_index(self) -> int:
+        """
+        GID table index of their ports; -1: RoCE v2 with an IPv4-mapped address first.
+        """
+    @property
+    def near(self) -> str:
+        """
+        Where the memory is, to choose devices by: 'numa:1', 'pci:0000:3b:00.0' (a GPU), or empty if it is not known.
+        """
+    @property
     def peer_timeout_s(self) -> float:
         """
         Seconds of silence after which a peer is lost; a heartbeat goes out every fifth of it.
+        """
+    @property
+    def progress_cpu(self) -> int:
+        """
+        CPU that the progress thread is pinned to; -1: any near the device.
         """
     @property
     def qps_per_peer(self) -> int:
@@ -51,9 +71,19 @@ class EngineConfig:
         Slices per peer that may be posted and not yet acknowledged; further ones wait inside the engine.
         """
     @property
+    def service_level(self) -> int:
+        """
+        InfiniBand service level, or RoCE priority.
+        """
+    @property
     def spin_us(self) -> int:
         """
-        Microseconds that the progress thread polls after activity before it blocks.
+        Microseconds that the progress thread polls after activity before it blocks; -1: the backend's own choice.
+        """
+    @property
+    def traffic_class(self) -> int:
+        """
+        Traffic class of RoCE packets; their DSCP is its upper six bits.
         """
 class EventKind:
     """
@@ -233,11 +263,11 @@ class Engine:
         """
         The oldest events, at most `max_events`, without blocking.
         """
-    def register_memory(self, ptr: typing.SupportsInt | typing.SupportsIndex, nbytes: typing.SupportsInt | typing.SupportsIndex, kind: str = 'host') -> LocalMemory:
+    def register_memory(self, ptr: typing.SupportsInt | typing.SupportsIndex, nbytes: typing.SupportsInt | typing.SupportsIndex, kind: str = 'host', peer_writable: bool = True) -> LocalMemory:
         """
-        Makes [ptr, ptr + nbytes) a source of writes and a target of peers.
+        Makes [ptr, ptr + nbytes) a source of writes and, if `peer_writable`, a target of peers.
         
-        The caller keeps it mapped until LocalMemory.close(). Raises ValueError for an empty range or an unknown kind.
+        `kind` is 'host' or 'cuda'. The caller keeps it mapped until LocalMemory.close(). May take seconds (pages are pinned). Raises ValueError for an empty range or a kind that the backend cannot reach, RuntimeError with call, errno and remedy.
         """
     def send(self, peer: typing.SupportsInt | typing.SupportsIndex, data: bytes) -> None:
         """
@@ -255,7 +285,7 @@ class Engine:
         """
         True as soon as an event is queued, False after `timeout_s` seconds without one.
         """
-    def write(self, peer: typing.SupportsInt | typing.SupportsIndex, src: numpy.typing.NDArray[numpy.int64], dst: numpy.typing.NDArray[numpy.int64], nbytes: numpy.typing.NDArray[numpy.int64]) -> int:
+    def write(self, peer: typing.SupportsInt | typing.SupportsIndex, src: numpy.typing.NDArray[numpy.int64], dst: numpy.typing.NDArray[numpy.int64], nbytes: numpy.typing.NDArray[numpy.int64], imm: typing.SupportsInt | typing.SupportsIndex | None = None) -> int:
         """
         Queues one transfer of n ranges and returns its id (> 0).
         
@@ -265,6 +295,11 @@ class Engine:
     def backend(self) -> str:
         ...
     @property
+    def description(self) -> str:
+        """
+        What the backend uses and why, for people: devices, ports, GIDs.
+        """
+    @property
     def incarnation(self) -> int:
         ...
 def checksum(addresses: numpy.typing.NDArray[numpy.int64], nbytes: numpy.typing.NDArray[numpy.int64]) -> numpy.typing.NDArray[numpy.uint64]:
@@ -272,6 +307,10 @@ def checksum(addresses: numpy.typing.NDArray[numpy.int64], nbytes: numpy.typing.
     XXH64 (seed 0) of each range of this process's memory.
     
     Two int64 arrays of shape (n,): addresses and bytes; returns uint64 of shape (n,). The memory must be mapped: addresses are not checked.
+    """
+def numa_node(address: typing.SupportsInt | typing.SupportsIndex) -> int:
+    """
+    NUMA node of the page at `address`; -1 if it was never touched or none is known.
     """
 def probe_backends() -> list[BackendInfo]:
     """

@@ -98,7 +98,7 @@ async def connect(server: BootstrapServer) -> Client:
 
 
 def hello(worker: WorkerId = WORKERS[0], role: str = "decode") -> WorkerHello:
-    return WorkerHello(worker, role, os.getpid(), "tcp")
+    return WorkerHello(worker, role, os.getpid(), "tcp", "tcp")
 
 
 async def settle(condition: Callable[[], Any]) -> None:

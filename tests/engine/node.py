@@ -40,7 +40,6 @@ def make_config(**fields: Any) -> EngineConfig:
     return EngineConfig(**{"backend": BACKEND, **fields})
 
 
-
 class Seen(NamedTuple):
     """An engine event that can be pickled."""
 

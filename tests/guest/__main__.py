@@ -33,10 +33,10 @@ examples:
   python -m tests.guest -v -- 'ctest --test-dir build/native-none -L verbs'
   python -m tests.guest -n 2 -- bash -c 'echo $GUEST_NODE talks to $GUEST_PEER'
   python -m tests.guest -n 2 -r 2 -t 600 -- bash two_nodes.sh
-  in a guest: echo kill 1 >> /io/ctl       also: stop 1, cont 1, link 1 off, link 1 on, link 1 off RAIL
+  in a guest: echo kill 1 >> /io/ctl      also: stop 1, cont 1, link 1 off, link 1 on, link 1 off RAIL
 
-exit status: the command's, the first that is not 0 over the nodes; 124: timed out; 125: a guest died
-(unless it was killed by another); 2: no guest can start here.
+exit status: the command's, the first over the nodes that is not 0; 124: timed out; 125: a guest
+died that was not killed by another; 2: no guest can start here.
 """
 
 

@@ -4,6 +4,7 @@
 # command, leaves output and exit status in /io, and powers off. Each program that it starts takes
 # an emulated CPU some 30 ms, hence what is done with the shell's own means.
 # GUEST_NODE comes from the kernel's command line, everything else from /io/environment.
+# shellcheck source=/dev/null
 . /io/environment
 export GUEST_IP=10.77.0.$((GUEST_NODE + 1))
 export GUEST_PEER=10.77.0.$(((GUEST_NODE + 1) % GUEST_NODES + 1))

@@ -58,7 +58,7 @@ def require_x86_64() -> None:
 
 
 def tsc_khz() -> int:
-    """The rate of the time stamp counter, from the bogomips, which Linux defines as twice the MHz."""
+    """The rate of the time stamp counter, from the bogomips: twice the MHz on x86."""
     match = re.search(r"^bogomips\s*: ([\d.]+)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     if match is None:
         raise GuestUnavailableError("/proc/cpuinfo has no bogomips line")

@@ -1,5 +1,6 @@
 #!/bin/busybox sh
 # SPDX-License-Identifier: Apache-2.0
+# shellcheck shell=dash
 # First program of a QEMU guest: mounts the host's root, read-only, under a writable overlay in
 # memory and the run's folder at /io, then goes on with boot.sh there.
 b=/bin/busybox

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import socket
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tests.guest import host, initramfs, kernel
 from tests.guest.lane import Lane
@@ -108,20 +108,25 @@ class Monitor:
         self._negotiated = False
 
     def execute(self, command: str, **arguments: object) -> None:
-        """One command; raises RuntimeError with QEMU's text."""
+        """Runs one command; raises RuntimeError if QEMU refuses it or does not answer."""
         if not self._negotiated:
             self._negotiated = True
             self.execute("qmp_capabilities")
-        request = {"execute": command, "arguments": arguments}
+        try:
+            answer = self._ask({"execute": command, "arguments": arguments})
+        except OSError as error:
+            raise RuntimeError(f"QEMU {command}: {error} (guest stopped or ended?)") from error
+        if "error" in answer:
+            raise RuntimeError(f"QEMU {command} {arguments}: {answer['error']['desc']}")
+
+    def _ask(self, request: dict[str, object]) -> dict[str, Any]:
         self._stream.write(json.dumps(request).encode() + b"\n")
         self._stream.flush()
         while line := self._stream.readline():
-            answer = json.loads(line)  # or an event, or the greeting
-            if "error" in answer:
-                raise RuntimeError(f"QEMU {command} {arguments}: {answer['error']['desc']}")
-            if "return" in answer:
-                return
-        raise RuntimeError(f"QEMU {command} {arguments}: the guest has ended")
+            answer: dict[str, Any] = json.loads(line)
+            if "return" in answer or "error" in answer:  # else an event or the greeting
+                return answer
+        raise ConnectionResetError("connection closed")
 
     def close(self) -> None:
         """Closes the connection."""

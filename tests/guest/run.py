@@ -38,7 +38,7 @@ def why_not(*, uml: bool = False) -> str | None:
     """Why no guest can start on this host, for a skip; None if it can. Fetches the kernel."""
     try:
         (UmlLane if uml else QemuLane).check()
-    except GuestUnavailableError as error:
+    except (GuestUnavailableError, OSError) as error:  # OSError: the cache cannot be written
         return str(error)
     return None
 
@@ -57,6 +57,7 @@ def default_smp(nodes: int, *, uml: bool) -> int:
 class Guests:
     """Guests that all run one command, as a context manager; when it ends, they do.
 
+    They also die with the thread that entered it, whatever that dies of.
     A guest does to its fellows what the methods do by appending a line to /io/ctl: `kill NODE`,
     `stop NODE`, `cont NODE`, `link NODE off|on [RAIL]`.
     """
@@ -197,7 +198,7 @@ class Guests:
             while part := control.readline():
                 line += part
                 if line.endswith("\n"):
-                    self._obey(line)
+                    self.obey(line)
                     line = ""
             if self._over.wait(POLL_S):
                 return
@@ -205,7 +206,8 @@ class Guests:
                 self._late = running
                 return
 
-    def _obey(self, line: str) -> None:
+    def obey(self, line: str) -> None:
+        """Does what a line of the control file says; ValueError if it cannot be read."""
         match line.split():
             case ["kill" | "stop" | "cont" as verb, node]:
                 getattr(self, verb)(int(node))

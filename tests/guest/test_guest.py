@@ -53,7 +53,7 @@ echo c > /proc/sysrq-trigger
 @pytest.fixture(params=["qemu", "uml"])
 def uml(request: pytest.FixtureRequest) -> bool:
     """Whether the guests are User-Mode Linux; skips what cannot start here."""
-    chosen = request.param == "uml"
+    chosen: bool = request.param == "uml"
     if reason := why_not(uml=chosen):
         pytest.skip(reason)
     return chosen

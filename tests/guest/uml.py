@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 INIT = Path(__file__).with_name("uml_init.sh")
 SHM = Path("/dev/shm")
 
+# The kernel's helper processes outlive it, unless a PID namespace ends with it. The shell is there
+# because a panic aborts, which the first process of a namespace does not die of.
+WRAPPER = ("--pid", "--fork", "--kill-child", "sh", "-c", 'ulimit -c 0; "$@"; exit', "sh")
+
 # A cable holds the frames of some whole WRs; the kernel's default of 208 KiB does not.
 CABLE_BYTES = 4 << 20
 
@@ -41,6 +45,8 @@ class UmlLane(Lane):
         self.check()
         if spec.nodes > 2 or spec.smp > 1:
             raise ValueError("User-Mode Linux: one or two guests, with one CPU each")
+        if set(str(folder)) & set(", \t"):
+            raise ValueError(f"User-Mode Linux: no comma or space may be in the folder {folder}")
         super().__init__(spec, folder)
         # Both ends stay open here: with its peer's end closed the vector driver gets
         # ECONNREFUSED and stops for good, so a killed node has to look like a silent one.
@@ -63,8 +69,7 @@ class UmlLane(Lane):
         env = {**os.environ, "TMPDIR": str(_memory_folder(self.spec))}
         for node in range(self.spec.nodes):
             fds = [cable[node].fileno() for cable in self._cables]
-            # Its helper process outlives it, unless a PID namespace ends with it.
-            argv = [host.command("unshare"), "--pid", "--fork", "--kill-child", str(kernel_path())]
+            argv = [host.command("unshare"), *WRAPPER, str(kernel_path())]
             argv += uml_arguments(self.spec, self.folder, node, fds)
             self.processes.append(self._spawn(f"node{node}", argv, fds, env))
 
@@ -106,7 +111,7 @@ def first_cpu(text: str, tsc_khz: int) -> str:
 
 
 def _memory_folder(spec: Spec) -> Path:
-    """Where the guests' memory files go: /dev/shm, unless it is too small, as in many containers."""
+    """Where the guests' memory files go: /dev/shm, if it is not as small as in most containers."""
     needed = spec.nodes * spec.memory_mib << 20
     fits = SHM.is_dir() and shutil.disk_usage(SHM).free > needed
     return SHM if fits else Path(tempfile.gettempdir())

@@ -20,7 +20,7 @@ mount -n -t hostfs -o "$GUEST_IO" hostfs $root/io
 for directory in proc sys dev; do mount -n --move /$directory $root/$directory; done
 # perftest reads the CPU's MHz, which User-Mode Linux does not have.
 mount -n --bind $root/io/cpuinfo $root/proc/cpuinfo
-for vec in $root/sys/class/net/vec*; do
+for vec in "$root"/sys/class/net/vec*; do
   [ -e "$vec" ] && ip link set "${vec##*/}" name "eth${vec##*/vec}"
 done
 exec chroot $root /bin/bash /io/boot.sh

@@ -156,7 +156,7 @@ class EngineLife:
     # From the workers (WorkerEvents)
 
     def worker_joined(self, hello: WorkerHello) -> Sequence[ToWorker]:
-        log.info("worker %s is here: pid %d, %s", hello.worker, hello.pid, hello.backend)
+        log.info("worker %s is here: pid %d, %s", hello.worker, hello.pid, hello.transport)
         return self.links.greeting(hello.worker)
 
     def worker_offers(self, bundle: Bundle) -> None:

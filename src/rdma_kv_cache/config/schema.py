@@ -100,16 +100,23 @@ class RdmaConfig(Section):
     )
     devices: Literal["auto"] | Texts = Field(
         default="auto",
-        description="RDMA devices to use, e.g. [mlx5_0]; auto takes the nearest to each GPU",
+        description="RDMA devices to use, e.g. [mlx5_0, 'mlx5_1:2'] (name:port); auto takes the "
+        "nearest to each GPU",
     )
     gid_index: Literal["auto"] | Annotated[int, Field(ge=0, le=255)] = Field(
         default="auto",
         description="GID table index; auto prefers RoCE v2 with an IPv4-mapped address",
     )
+    traffic_class: int = Field(
+        default=0, ge=0, le=255, description="Of RoCE packets; the DSCP is its upper six bits"
+    )
+    service_level: int = Field(
+        default=0, ge=0, le=15, description="InfiniBand service level, or RoCE priority"
+    )
     block_size: Bytes = Field(
         default=1 << 20,
         ge=4096,
-        le=1 << 30,
+        le=8 << 20,
         description="Longest single write; longer runs are sliced",
     )
     queue_depth: int = Field(
@@ -118,7 +125,7 @@ class RdmaConfig(Section):
         le=65536,
         description="Writes in flight to one peer; more wait their turn",
     )
-    qps_per_peer: int = Field(default=2, ge=1, le=64, description="QPs (connections) to one peer")
+    qps_per_peer: int = Field(default=2, ge=1, le=16, description="QPs (connections) to one peer")
     kv_buffer: Annotated[Bytes, Field(ge=1 << 20)] | None = Field(
         default=None, description="KV cache of one vLLM worker; null lets vLLM choose"
     )

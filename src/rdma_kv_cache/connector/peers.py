@@ -188,8 +188,8 @@ class Peers:
             return
         peer.probe[:] = np.frombuffer(secrets.token_bytes(PROBE_BYTES), dtype=np.uint8)
         source, size = peer.probe.ctypes.data, PROBE_BYTES
-        self._engine.write(native, _int64(source), _int64(peer.remote.probe_address), _int64(size))
-        self._engine.signal(native, PROBE_IMM)
+        target = _int64(peer.remote.probe_address)
+        self._engine.write(native, _int64(source), target, _int64(size), PROBE_IMM)
         self.probes += 1
         self.send(peer, Probe(_checksum(source)))
 

@@ -217,10 +217,9 @@ class ProducerWorker:
         if self._settings.checksum:
             self._send_checksums(out, writes)
         try:
-            self._post(out, target.peer, writes)
-            if out.all_sent() and not out.signalled:
-                out.signalled = True
-                self._engine.signal(target.peer.native, target.epoch)
+            complete = out.all_sent() and not out.signalled
+            self._post(out, target.peer, writes, target.epoch if complete else None)
+            out.signalled = out.signalled or complete
         except ValueError as error:
             # Block ids outside decode's memory: a wrong REGISTER must not end this engine.
             self._refuse(out, f"write to {target.peer.worker}: {error}")
@@ -228,8 +227,10 @@ class ProducerWorker:
             # The peer was lost a moment ago; its PEER_LOST event is still to be read.
             logger.debug("transfer %s: %s", out.transfer_id, error)
 
-    def _post(self, out: Outgoing, peer: Peer, writes: PageWrites) -> None:
-        write_id = self._engine.write(peer.native, writes.source, writes.destination, writes.nbytes)
+    def _post(self, out: Outgoing, peer: Peer, writes: PageWrites, imm: int | None) -> None:
+        write_id = self._engine.write(
+            peer.native, writes.source, writes.destination, writes.nbytes, imm
+        )
         if not out.in_flight:
             out.flight_began = time.monotonic()
         out.in_flight.add(write_id)

@@ -21,6 +21,10 @@ class Settings:
     bootstrap_socket: str
     bind_host: str = "127.0.0.1"
     backend: str = "auto"
+    devices: str = "auto"
+    gid_index: int = -1
+    traffic_class: int = 0
+    service_level: int = 0
     block_size: int = 1 << 20
     queue_depth: int = 1024
     qps_per_peer: int = 2

@@ -74,9 +74,12 @@ class ConnectorWorker:
         self._writes_reported = 0
         self._held_reported = -1
         self._failure: Exception | None = None
-        self._engine = _native.Engine(_engine_config(settings), settings.incarnation)
+        config = _engine_config(settings, _near(layout.storages[0][0], memory_kind))
+        self._engine = _native.Engine(config, settings.incarnation)
+        logger.info("transport %s: %s", self._engine.backend, self._engine.description)
+        # Only decode's KV blocks are written by peers; prefill's are read by its own NIC.
         self._memory = [
-            self._engine.register_memory(base, nbytes, memory_kind)
+            self._engine.register_memory(base, nbytes, memory_kind, peer_writable=consumes)
             for base, nbytes in layout.storages
         ]
         self._link = BootstrapLink(
@@ -95,7 +98,7 @@ class ConnectorWorker:
         self._thread = threading.Thread(target=self._progress, name="rkv-connector", daemon=True)
         self._thread.start()
         role = "prefill" if produces else "decode"
-        self._link.send(WorkerHello(self._me, role, os.getpid(), self._engine.backend))
+        self._link.send(WorkerHello(self._me, role, os.getpid(), self._engine.backend, self._engine.description))
         self._link.start()
 
     # vLLM's step
@@ -267,14 +270,25 @@ class ConnectorWorker:
             self._consumer.on_peer_lost(peer)
 
     def _describe(self) -> tuple[list[bytes], dict[str, str], list[RemoteLayer]]:
-        memory = [memory.descriptor for memory in self._memory]
+        memory = [memory.descriptor for memory in self._memory if memory.descriptor]
         return memory, self._compatibility, self._layout.describe()
 
 
-def _engine_config(settings: Settings) -> _native.EngineConfig:
+def _near(address: int, memory_kind: str) -> str:
+    """Where the KV memory is, for the choice of NICs; empty if that is not known."""
+    node = _native.numa_node(address) if memory_kind == "host" else -1
+    return f"numa:{node}" if node >= 0 else ""
+
+
+def _engine_config(settings: Settings, near: str) -> _native.EngineConfig:
     return _native.EngineConfig(
         backend=settings.backend,
         bind_host=settings.bind_host,
+        devices=settings.devices,
+        gid_index=settings.gid_index,
+        near=near,
+        traffic_class=settings.traffic_class,
+        service_level=settings.service_level,
         block_size=settings.block_size,
         queue_depth=settings.queue_depth,
         qps_per_peer=settings.qps_per_peer,

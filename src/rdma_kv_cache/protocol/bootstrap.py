@@ -41,6 +41,8 @@ class WorkerHello(msgspec.Struct, frozen=True, tag="worker_hello"):
     role: str
     pid: int
     backend: str
+    transport: str
+    """What the backend uses and why, for people: devices, ports, GIDs."""
 
 
 class PeerUp(msgspec.Struct, frozen=True, tag="peer_up"):

@@ -51,7 +51,7 @@ class Worker:
         def send(message: Any) -> None:
             writer.write(frame(encode(message)))
 
-        send(WorkerHello(self.me, self.role, os.getpid(), "tcp"))
+        send(WorkerHello(self.me, self.role, os.getpid(), "tcp", "tcp"))
         frames = FrameReader()
         while data := await reader.read(1 << 16):
             for body in frames.feed(data):
