@@ -113,6 +113,9 @@ void register_events(py::module_& module) {
                     "PEER_LOST: fenced for `reason`; the last event of this peer.")
       .def_readonly("kind", &Event::kind)
       .def_readonly("peer", &Event::peer)
+      .def_readonly("time_ns", &Event::time_ns, "When the engine saw it, as time.monotonic_ns().")
+      .def_readonly("posted_ns", &Event::posted_ns,
+                    "TRANSFER_DONE: when its last slice was posted, as time.monotonic_ns().")
       .def_readonly("id", &Event::id)
       .def_readonly("imm", &Event::imm)
       .def_property_readonly("data", [](const Event& event) { return py::bytes(event.data); })

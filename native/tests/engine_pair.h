@@ -4,14 +4,15 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cstdint>
 #include <cstdlib>
-#include <cstring>
 #include <deque>
 #include <functional>
 #include <map>
 #include <memory>
+#include <optional>
 #include <ostream>
 #include <random>
 #include <string>
@@ -59,8 +60,8 @@ inline std::chrono::seconds engine_patience() {
 /// One engine with a registered buffer and an endpoint for one peer.
 struct Side {
   Side(std::uint64_t incarnation, const EngineConfig& config, Network& network, std::size_t nbytes)
-      : engine(config, incarnation, network.create_backend(incarnation - 1, config)),
-        buffer(nbytes),
+      : buffer(nbytes),
+        engine(config, incarnation, network.create_backend(incarnation - 1, config)),
         memory(engine.register_memory({address(0), nbytes})),
         endpoint(engine.create_endpoint("peer-of-" + std::to_string(incarnation))) {}
 
@@ -88,8 +89,8 @@ struct Side {
     return {};
   }
 
+  std::vector<unsigned char> buffer;  // before the engine, which writes into it until it is gone
   Engine engine;
-  std::vector<unsigned char> buffer;
   RegisteredMemory memory;
   CreatedEndpoint endpoint;
   std::map<EventKind, int> seen;

@@ -260,6 +260,7 @@ const Ibverbs& FakeFabric::table() {
       .destroy_qp = fake::destroy_qp,
       .wc_status_str = fake::wc_status_str,
       .event_type_str = fake::event_type_str,
+      .memlock_limit = [] { return std::uint64_t{UINT64_MAX}; },
   };
   return kTable;
 }

@@ -104,6 +104,13 @@ bool fits(const FakeDeviceOptions& device, const ibv_qp_cap& cap, bool has_srq) 
          cap.max_inline_data <= device.max_inline;
 }
 
+std::uint32_t take_qpn(Device& device) {
+  if (!device.fabric->options.reuse_qpns) return device.next_qpn++;
+  std::uint32_t lowest = device.next_qpn;
+  while (device.qps.contains(lowest)) ++lowest;
+  return lowest;
+}
+
 }  // namespace
 
 ibv_qp* create_qp(ibv_pd* pd, ibv_qp_init_attr* init) {
@@ -123,7 +130,7 @@ ibv_qp* create_qp(ibv_pd* pd, ibv_qp_init_attr* init) {
   qp->send_cq = init->send_cq;
   qp->recv_cq = init->recv_cq;
   qp->srq = init->srq;
-  qp->qp_num = device.next_qpn++;
+  qp->qp_num = take_qpn(device);
   qp->state = IBV_QPS_RESET;
   qp->qp_type = init->qp_type;
   qp->cap = init->cap;

@@ -47,6 +47,7 @@ struct FakeOptions {
   std::uint64_t seed = 1;                    ///< Of the delays.
   std::chrono::microseconds max_delay{200};  ///< Of a message, and again of its acknowledgement.
   double retry_scale = 1.0;                  ///< Shortens ACK and RNR timeouts for fast tests.
+  bool reuse_qpns = false;                   ///< A destroyed QP's number is the next one's.
   bool refuse_relaxed_ordering = false;      ///< ibv_reg_mr_iova2() with it fails with EINVAL.
 };
 

@@ -1,37 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Transfer engines over one RDMA device, each a program of two processes that takes orders.
+"""Transfer engines over one RDMA device, used from Python, behind one small interface.
 
-`python verbs_peers.py nixl DEVICE GID_INDEX ADDRESS` (or mooncake, or ours) reads lines such as
-`write 4096 128` and answers with `{"seconds": 0.0071, "verified": true}`, as rkv_verbs_bench does.
-The regions are shared memory, so the writing process sees for itself what landed; it compares
-after the first batch of each shape. Only the call that a caller must make per transfer is timed.
+`write` covers what an application does per transfer; what it can prepare once is in `prepare`.
 """
 
 from __future__ import annotations
 
-import json
-import mmap
-import multiprocessing
 import os
-import sys
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from importlib.metadata import version
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from multiprocessing.connection import Connection
-
-REGION_BYTES = 256 << 20
 TIMEOUT_S = 300.0
-#: How often the passive end looks after its connections: NIXL sets them up only from calls.
-ATTENTION_S = 0.02
 
 Addresses = npt.NDArray[np.int64]
 Region = npt.NDArray[np.uint8]
@@ -92,6 +76,7 @@ class NixlPeer:
         area = [(region.ctypes.data, region.nbytes, 0, "")]
         self.registered = self.agent.register_memory(area, "DRAM")
         self.remote = ""
+        self.lists: tuple[Any, ...] = ()
 
     def invite(self) -> bytes:
         return bytes(self.agent.get_agent_metadata())
@@ -106,13 +91,14 @@ class NixlPeer:
             table = np.stack([addresses, column * rows.nbytes, column * 0], axis=1)
             return self.agent.prep_xfer_dlist(owner, table, "DRAM")
 
-        self.local_list = describe("NIXL_INIT_AGENT", rows.source)
-        self.remote_list = describe(self.remote, rows.target)
+        for handle in self.lists:
+            self.agent.release_dlist_handle(handle)
+        self.lists = describe("NIXL_INIT_AGENT", rows.source), describe(self.remote, rows.target)
         self.indices = np.arange(len(rows.source), dtype=np.int32)
 
     def write(self) -> None:
-        lists = self.local_list, self.indices, self.remote_list, self.indices
-        handle = self.agent.make_prepped_xfer("WRITE", *lists)
+        local, remote = self.lists
+        handle = self.agent.make_prepped_xfer("WRITE", local, self.indices, remote, self.indices)
         state = self.agent.transfer(handle)
         deadline = time.monotonic() + TIMEOUT_S
         while state != "DONE":
@@ -225,102 +211,8 @@ class OurPeer:
         self.engine.close()
 
 
-PEERS: Mapping[str, type[NixlPeer] | type[MooncakePeer] | type[OurPeer]] = {
+PEERS: dict[str, type[NixlPeer | MooncakePeer | OurPeer]] = {
     "nixl": NixlPeer,
     "mooncake": MooncakePeer,
     "ours": OurPeer,
 }
-
-
-def scatter(source: Region, target: Region, nbytes: int, count: int) -> Rows:
-    """Rows no two neighbours of which are contiguous on both sides.
-
-    More rows than the region has blocks: the same pairs again, so it does not matter who is last.
-    """
-    rng = np.random.default_rng(count)
-    slots = REGION_BYTES // nbytes
-    while True:
-        pairs = rng.permutation(slots), rng.permutation(slots)
-        src, dst = (np.resize(slot, count).astype(np.int64) for slot in pairs)
-        if not np.any((np.diff(src) == 1) & (np.diff(dst) == 1)):
-            break
-    return Rows(nbytes, source.ctypes.data + src * nbytes, target.ctypes.data + dst * nbytes)
-
-
-class Writer:
-    """The process that takes orders."""
-
-    def __init__(self, make: Callable[[Region, str], Peer]) -> None:
-        self.source, self.target = (
-            np.frombuffer(mmap.mmap(-1, REGION_BYTES), np.uint8) for _ in range(2)
-        )
-        self.target[:] = 255  # not zeros: every page must be there
-        context = multiprocessing.get_context("fork")  # before the library starts threads
-        self.pipe, far = context.Pipe()
-        self.process = context.Process(target=serve, args=(far, self.target, make), daemon=True)
-        self.process.start()
-        far.close()
-        self.source[:] = np.random.default_rng(7).integers(0, 256, REGION_BYTES, np.uint8)
-        self.peer = make(self.source, "writer")
-        self.pipe.send(self.peer.invite())
-        self.peer.connect(self.pipe.recv())
-        self.rows: dict[tuple[int, int], Rows] = {}
-
-    def write(self, nbytes: int, count: int) -> dict[str, float | bool]:
-        """One batch."""
-        verify = (nbytes, count) not in self.rows
-        if verify:
-            self.rows[nbytes, count] = scatter(self.source, self.target, nbytes, count)
-        rows = self.rows[nbytes, count]
-        self.peer.prepare(rows)
-        if verify:
-            self.blocks(self.target, rows.target, nbytes)[:] = 255
-        start = time.monotonic()
-        self.peer.write()
-        took = time.monotonic() - start
-        if verify:
-            self.compare(rows)
-        return {"seconds": took, "verified": verify}
-
-    @staticmethod
-    def blocks(region: Region, addresses: Addresses, nbytes: int) -> Any:
-        return region.reshape(-1, nbytes)[(addresses - region.ctypes.data) // nbytes]
-
-    def compare(self, rows: Rows) -> None:
-        for source, target in zip(rows.source, rows.target, strict=True):
-            at, to = source - self.source.ctypes.data, target - self.target.ctypes.data
-            sent, got = self.source[at : at + rows.nbytes], self.target[to : to + rows.nbytes]
-            if not np.array_equal(sent, got):
-                raise RuntimeError(f"the block at {to} differs")
-
-    def close(self) -> None:
-        self.peer.close()
-        self.process.kill()
-
-
-def serve(pipe: Connection, region: Region, make: Callable[[Region, str], Peer]) -> None:
-    """The passive process."""
-    peer = make(region, "target")
-    peer.connect(pipe.recv())
-    pipe.send(peer.invite())
-    while not pipe.poll(ATTENTION_S):
-        peer.attend()
-
-
-def main() -> None:
-    """Reads orders to their end."""
-    kind = PEERS[sys.argv[1]]
-    device = Device(sys.argv[2], int(sys.argv[3]), sys.argv[4])
-    writer = Writer(lambda region, name: kind(region, device, name))
-    print(json.dumps({"version": version(kind.DISTRIBUTION)}), flush=True)
-    for line in sys.stdin:
-        verb, nbytes, count = line.split()
-        if verb != "write":
-            raise ValueError(f"no order {verb!r}")
-        print(json.dumps(writer.write(int(nbytes), int(count))), flush=True)
-    writer.close()
-    os._exit(0)  # libraries with threads of their own may hang or crash in their destructors
-
-
-if __name__ == "__main__":
-    main()

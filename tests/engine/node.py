@@ -17,9 +17,10 @@ from rdma_kv_cache._native import Engine, EngineConfig, checksum
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
 
-#: The backend of every engine in these tests, and how many times slower than a host this machine
-#: is: an emulated guest with Soft-RoCE sets both.
+#: The backend of every engine in these tests and its RDMA devices, and how many times slower than
+#: a host this machine is: an emulated guest with Soft-RoCE sets all three.
 BACKEND = os.environ.get("RKV_TEST_BACKEND", "tcp")
+DEVICES = os.environ.get("RKV_TEST_DEVICES", "auto")
 PATIENCE = float(os.environ.get("RKV_TEST_PATIENCE", "1"))
 PATIENCE_S = 20.0 * PATIENCE
 #: For a busy machine; what is not the subject of a test has a bound far beyond this.
@@ -37,7 +38,7 @@ PROCESSES.set_forkserver_preload([__name__])
 
 def make_config(**fields: Any) -> EngineConfig:
     """A configuration of the backend that is tested."""
-    return EngineConfig(**{"backend": BACKEND, **fields})
+    return EngineConfig(**{"backend": BACKEND, "devices": DEVICES, **fields})
 
 
 class Seen(NamedTuple):
@@ -136,6 +137,10 @@ class Node:
     def peer_stats(self) -> dict[str, int | float]:
         """Counters of the peer."""
         return self.engine.peer_stats(self.endpoint.peer)
+
+    def description(self) -> str:
+        """What the engine uses and why."""
+        return self.engine.description
 
     def stats(self) -> dict[str, int | float]:
         """Counters of the engine."""

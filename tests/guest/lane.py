@@ -42,15 +42,17 @@ class Lane(ABC):
 
     def signal(self, node: int, number: signal.Signals) -> None:
         """Signals a guest's process group, if it is still there."""
-        with suppress(ProcessLookupError):
-            os.killpg(self.processes[node].pid, number)
+        process = self.processes[node]
+        if process.poll() is None:  # else its number may be another's by now
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, number)
 
     def running(self) -> set[int]:
         """The nodes whose guests have not ended."""
         return {node for node, process in enumerate(self.processes) if process.poll() is None}
 
     def close(self) -> None:
-        """Ends every guest."""
+        """Ends every guest; may be called again."""
         for node, process in enumerate(self.processes):
             self.signal(node, signal.SIGKILL)
             process.wait()

@@ -104,7 +104,7 @@ class Monitor:
     def __init__(self, connection: socket.socket) -> None:
         self._socket = connection
         self._socket.settimeout(QMP_TIMEOUT_S)
-        self._stream = connection.makefile("rwb")
+        self._answers = connection.makefile("rb")
         self._negotiated = False
 
     def execute(self, command: str, **arguments: object) -> None:
@@ -120,9 +120,8 @@ class Monitor:
             raise RuntimeError(f"QEMU {command} {arguments}: {answer['error']['desc']}")
 
     def _ask(self, request: dict[str, object]) -> dict[str, Any]:
-        self._stream.write(json.dumps(request).encode() + b"\n")
-        self._stream.flush()
-        while line := self._stream.readline():
+        self._socket.sendall(json.dumps(request).encode() + b"\n")
+        while line := self._answers.readline():
             answer: dict[str, Any] = json.loads(line)
             if "return" in answer or "error" in answer:  # else an event or the greeting
                 return answer
@@ -130,5 +129,5 @@ class Monitor:
 
     def close(self) -> None:
         """Closes the connection."""
-        self._stream.close()
+        self._answers.close()
         self._socket.close()

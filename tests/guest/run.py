@@ -6,13 +6,13 @@ from __future__ import annotations
 import logging
 import os
 import shlex
-import shutil
 import signal
-import tempfile
 import threading
 import time
+from contextlib import ExitStack
 from functools import lru_cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TextIO
 
 from tests.guest.folder import RunFolder
@@ -89,15 +89,14 @@ class Guests:
 
     def __enter__(self) -> Guests:
         self._began = time.monotonic()
-        path = self._given_folder or Path(tempfile.mkdtemp(prefix="guest."))
-        self.folder = RunFolder(path.resolve())
-        self.folder.fill(self._spec, self._command, self._env)
-        self._lane = self._lane_type(self._spec, self.folder.path)
-        try:
+        with ExitStack() as undo:
+            path = self._given_folder or undo.enter_context(TemporaryDirectory(prefix="guest."))
+            self.folder = RunFolder(Path(path).resolve())
+            self.folder.fill(self._spec, self._command, self._env)
+            self._lane = self._lane_type(self._spec, self.folder.path)
+            undo.callback(self._lane.close)
             self._lane.start()
-        except BaseException:
-            self._lane.close()
-            raise
+            self._undo = undo.pop_all()
         self._watcher = threading.Thread(target=self._watch, name="guests", daemon=True)
         self._watcher.start()
         return self
@@ -110,13 +109,12 @@ class Guests:
     ) -> None:
         self._over.set()
         self._watcher.join()
-        if self._given_folder is None:
-            shutil.rmtree(self.folder.path)
+        self._undo.close()
 
     def kill(self, node: int) -> None:
         """Cuts the node's power."""
-        self._killed.add(node)
         self._signal(node, signal.SIGKILL)
+        self._killed.add(node)
 
     def stop(self, node: int) -> None:
         """Freezes the node."""
@@ -153,10 +151,14 @@ class Guests:
     def wait_for_output(self, node: int, text: str, timeout_s: float = 60.0) -> None:
         """Returns when a node has written the text; RuntimeError if that comes to nothing."""
         deadline = time.monotonic() + timeout_s
-        while text not in self.read_output(node):
-            if not self.running() or time.monotonic() > deadline:
-                raise RuntimeError(f"node {node} did not write {text!r}\n{self._result().report()}")
+        waiting = True
+        while waiting:
+            waiting = self.running() and time.monotonic() < deadline
+            if text in self.read_output(node):
+                return
             time.sleep(POLL_S)
+        said = self.read_output(node) + self.folder.read_console(node)
+        raise RuntimeError(f"node {node} did not write {text!r} but:\n{said}") from self._error
 
     def wait(self) -> GuestRun:
         """Returns when all guests have ended, at the latest after the time limit."""

@@ -7,7 +7,7 @@ import signal
 import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tests.verbs.lab import PEER_TIMEOUT_S
+from tests.verbs.lab import CONNECT_TIMEOUT_S, PEER_TIMEOUT_S
 from tests.verbs.stage import SLACK_S, Outcome, Stage, plain
 
 if TYPE_CHECKING:
@@ -131,10 +131,13 @@ def link_local_gid(stage: Stage) -> Outcome:
 
 
 def unreachable_gid(stage: Stage) -> Outcome:
+    # Without any route the kernel takes the address for one on the link.
+    stage.lab.ask(0, "shell", "ip route add unreachable 10.99.0.0/24")
     stage.lab.ask(1, "shell", "ip address add 10.99.0.1/24 dev eth0; sleep 0.5")
     try:
         return unconnectable(stage, gid_index=2)
     finally:
+        stage.lab.ask(0, "shell", "ip route delete unreachable 10.99.0.0/24")
         stage.lab.ask(1, "shell", "ip address delete 10.99.0.1/24 dev eth0")
 
 
@@ -173,6 +176,6 @@ FAULTS = {
     "no ACTIVE port": Fault(no_active_port, "no RDMA port can be used:.*DOWN"),
     "GID index out of the table": Fault(empty_gid_index, "empty GID 7; set gid_index"),
     "link-local GID against an IPv4 one": Fault(link_local_gid, "set devices and gid_index"),
-    "GID that the peer has no route to": Fault(unreachable_gid, "GID", DETECTED_S),
+    "GID that the peer has no route to": Fault(unreachable_gid, "GID", CONNECT_TIMEOUT_S + SLACK_S),
 }
 POWER_CUT = Fault(lambda stage: power_cut(stage, 2), "retry|no heartbeat", DETECTED_S)

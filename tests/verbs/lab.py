@@ -24,6 +24,7 @@ ANSWER_S = 120.0
 #: All retries of a QP fit into it with an ACK timeout of 1.07 s each. With 0.07 s, an emulated
 #: Soft-RoCE lost 3 of 8 connections under load, with 1.07 s none of 16.
 PEER_TIMEOUT_S = 8.0
+CONNECT_TIMEOUT_S = 12.0
 BUFFER_BYTES = 2 << 20
 
 
@@ -111,7 +112,8 @@ class Lab:
     ) -> LabNode:
         """Starts a Node with a new incarnation; raises what its constructor raised."""
         node = LabNode(self, guest, next(self._incarnations))
-        config = {"peer_timeout_s": PEER_TIMEOUT_S, **config}
+        timeouts = {"peer_timeout_s": PEER_TIMEOUT_S, "connect_timeout_s": CONNECT_TIMEOUT_S}
+        config = {**timeouts, **config}
         self.ask(guest, "start", kind, node.incarnation, nbytes, config)
         return node
 

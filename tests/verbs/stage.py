@@ -9,7 +9,7 @@ import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tests.engine.node import Node
-from tests.verbs.lab import PEER_TIMEOUT_S, Lab, LabNode, connect
+from tests.verbs.lab import CONNECT_TIMEOUT_S, PEER_TIMEOUT_S, Lab, LabNode, connect
 from tests.verbs.traffic import TrafficNode
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ class Stage:
         return outcome._replace(saw="(the other side) " + plain(self._report(victim).reason))
 
     def _report(self, node: LabNode) -> Report:
-        limit = PEER_TIMEOUT_S + SLACK_S
+        limit = max(PEER_TIMEOUT_S, CONNECT_TIMEOUT_S) + SLACK_S
         report: Report | None = node.call("report", limit)
         assert report is not None, f"no PEER_LOST within {limit} s"
         return report

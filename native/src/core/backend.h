@@ -90,6 +90,9 @@ class Backend {
   /// CPUs near its hardware, where the progress thread should run; empty: anywhere.
   [[nodiscard]] virtual std::vector<std::size_t> cpus() const { return {}; }
 
+  /// Whether progress() finds data by itself; otherwise watched file descriptors bring it.
+  [[nodiscard]] virtual bool polls() const { return false; }
+
   /// How long to poll after activity before sleeping, where the user did not say.
   [[nodiscard]] virtual std::chrono::microseconds default_spin() const { return {}; }
 

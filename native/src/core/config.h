@@ -9,6 +9,10 @@ namespace rkv {
 
 using Clock = std::chrono::steady_clock;
 
+inline std::int64_t nanoseconds(Clock::time_point time) {
+  return std::chrono::nanoseconds(time.time_since_epoch()).count();
+}
+
 struct EngineConfig {
   static constexpr std::int64_t kAuto = -1;
 

@@ -37,11 +37,13 @@ class EventLoop {
   /// when nothing is. @return whether anything ran.
   bool run_once(std::chrono::milliseconds max_wait);
 
+  /// Runs the commands queued by now. @return whether there were any.
+  bool run_commands();
+
   /// Times that post() had to wake a sleeping progress thread (the software doorbell).
   [[nodiscard]] std::uint64_t wakeups() const { return wakeups_; }
 
  private:
-  bool run_commands();
   bool begin_sleep();
   void end_sleep();
   void dispatch(std::uint64_t serial, std::uint32_t epoll_events);

@@ -5,9 +5,12 @@
 #include <iterator>
 #include <utility>
 
+#include "core/config.h"
+
 namespace rkv {
 
 void EventQueue::push(Event event) {
+  event.time_ns = nanoseconds(Clock::now());
   {
     const std::lock_guard lock(mutex_);
     events_.push_back(std::move(event));

@@ -12,6 +12,7 @@ namespace rkv {
 namespace {
 
 constexpr std::chrono::milliseconds kMaxTick{100};
+constexpr unsigned kPollsPerSocketCheck = 32;  ///< Data does not come by sockets; heartbeats do.
 
 }  // namespace
 
@@ -47,6 +48,8 @@ void Progress::stop() {
   if (!thread_.joinable()) return;
   loop_.post([this] {
     while (!connections_.empty()) close_peer(connections_.begin()->first, "its engine was closed");
+    for (const RegionId region : regions_) (void)backend_->deregister_memory(region);
+    regions_.clear();
     stopping_ = true;
   });
   thread_.join();
@@ -60,12 +63,15 @@ void Progress::run() {
                         : std::chrono::microseconds(config_.spin_us);
   Clock::time_point last_active = Clock::now();
   bool active = false;
+  unsigned polls = 0;
   while (!stopping_) {
     const Clock::time_point now = Clock::now();
     if (active) last_active = now;
     // A turn that did something may have left work that no file descriptor will announce.
     const bool poll_only = active || now - last_active < spin || !backend_->arm();
-    active = loop_.run_once(poll_only ? std::chrono::milliseconds(0) : until_tick(now));
+    active = poll_only && backend_->polls() && ++polls % kPollsPerSocketCheck != 0
+                 ? loop_.run_commands()
+                 : loop_.run_once(poll_only ? std::chrono::milliseconds(0) : until_tick(now));
     active |= post_queued();
     active |= handle_completions();
     tick(Clock::now());
@@ -114,8 +120,8 @@ void Progress::handle(const Completion& completion) {
   ++counters_.completions;
   switch (completion.kind) {
     case Completion::Kind::kWritesLanded:
-      if (connection.queue.landed(completion.transfer, completion.slices)) {
-        finish_transfer(connection, completion.transfer, nullptr);
+      if (const auto done = connection.queue.landed(completion.transfer, completion.slices)) {
+        complete_transfer(connection, done->id, done->posted_at);
       }
       return;
     case Completion::Kind::kImm:
@@ -146,9 +152,13 @@ void Progress::submit(PeerId peer, TransferId id, std::size_t rows, Slices slice
     return !regions_.contains(slice.local_region);
   });
   if (deregistered) failure = "its source memory was deregistered";
-  if (!failure.empty() || slices->empty()) {
-    finish_transfer(connection, id, failure.empty() ? nullptr : &failure);
-    if (failure.empty() && imm) signal(peer, *imm);
+  if (!failure.empty()) {
+    fail_transfer(connection, id, failure);
+    return;
+  }
+  if (slices->empty()) {
+    complete_transfer(connection, id, Clock::now());
+    if (imm) signal(peer, *imm);
     return;
   }
   std::uint64_t nbytes = 0;
@@ -159,17 +169,21 @@ void Progress::submit(PeerId peer, TransferId id, std::size_t rows, Slices slice
   connection.queue.add_write(id, std::move(slices), imm);
 }
 
-void Progress::finish_transfer(Connection& connection, TransferId id, const std::string* failure) {
-  if (failure == nullptr) {
-    ++counters_.transfers_done;
-    ++connection.transfers_done;
-    events_.push({.kind = EventKind::kTransferDone, .peer = connection.id, .id = id});
-    return;
-  }
+void Progress::complete_transfer(Connection& connection, TransferId id,
+                                 Clock::time_point posted_at) {
+  ++counters_.transfers_done;
+  ++connection.transfers_done;
+  events_.push({.kind = EventKind::kTransferDone,
+                .peer = connection.id,
+                .id = id,
+                .posted_ns = nanoseconds(posted_at)});
+}
+
+void Progress::fail_transfer(Connection& connection, TransferId id, const std::string& reason) {
   ++counters_.transfers_failed;
   ++connection.transfers_failed;
   events_.push(
-      {.kind = EventKind::kTransferFailed, .peer = connection.id, .id = id, .reason = *failure});
+      {.kind = EventKind::kTransferFailed, .peer = connection.id, .id = id, .reason = reason});
 }
 
 void Progress::signal(PeerId peer, std::uint32_t imm) {

@@ -86,7 +86,8 @@ class Progress {
   void report_lost(Connection& connection);
   void detach(Connection& connection, const std::string& goodbye);
   void fail_outstanding(Connection& connection, const std::string& reason);
-  void finish_transfer(Connection& connection, TransferId id, const std::string* failure);
+  void complete_transfer(Connection& connection, TransferId id, Clock::time_point posted_at);
+  void fail_transfer(Connection& connection, TransferId id, const std::string& reason);
 
   const EngineConfig config_;
   const std::uint64_t incarnation_;

@@ -184,7 +184,7 @@ void Progress::detach(Connection& connection, const std::string& goodbye) {
 
 void Progress::fail_outstanding(Connection& connection, const std::string& reason) {
   for (const TransferId id : connection.queue.abandon()) {
-    finish_transfer(connection, id, &reason);
+    fail_transfer(connection, id, reason);
   }
 }
 

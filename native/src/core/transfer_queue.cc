@@ -51,17 +51,19 @@ bool TransferQueue::post_slices(Backend& backend, Transfer& transfer) {
   transfer.posted += posted.slices;
   in_flight_ += posted.slices;
   slices_posted_ += posted.slices;
-  return transfer.posted == transfer.slices->size();
+  if (transfer.posted < transfer.slices->size()) return false;
+  transfer.posted_at = Clock::now();
+  return true;
 }
 
-bool TransferQueue::landed(TransferId id, std::size_t slices) {
+std::shared_ptr<const Transfer> TransferQueue::landed(TransferId id, std::size_t slices) {
   in_flight_ -= slices;
   const auto found = outstanding_.find(id);
-  Transfer& transfer = *found->second;
-  transfer.landed += slices;
-  if (transfer.landed < transfer.slices->size()) return false;
+  const std::shared_ptr<Transfer> transfer = found->second;
+  transfer->landed += slices;
+  if (transfer->landed < transfer->slices->size()) return nullptr;
   outstanding_.erase(found);
-  return true;
+  return transfer;
 }
 
 std::vector<TransferId> TransferQueue::abandon() {

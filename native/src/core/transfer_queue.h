@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "core/backend.h"
+#include "core/config.h"
 #include "core/slice_pool.h"
 #include "core/types.h"
 
@@ -21,6 +22,7 @@ struct Transfer {
   Slices slices = nullptr;
   std::optional<std::uint32_t> imm = {};  ///< Signal behind the last slice.
   std::size_t posted = 0;
+  Clock::time_point posted_at = {};  ///< When the last slice was.
   std::size_t landed = 0;
 };
 
@@ -38,8 +40,8 @@ class TransferQueue {
   /// Posts what the window and the backend take. @return whether anything was posted.
   bool post(Backend& backend);
 
-  /// Accounts for `slices` more landed slices. @return whether the transfer is complete.
-  bool landed(TransferId id, std::size_t slices);
+  /// Accounts for `slices` more landed slices. @return the transfer if that completes it.
+  std::shared_ptr<const Transfer> landed(TransferId id, std::size_t slices);
 
   /// Forgets everything. @return the transfers that did not complete, oldest first.
   [[nodiscard]] std::vector<TransferId> abandon();

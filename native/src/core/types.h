@@ -42,10 +42,13 @@ enum class EventKind : std::uint8_t {
   kPeerLost,
 };
 
+/// Times are CLOCK_MONOTONIC in nanoseconds, as Python's time.monotonic_ns().
 struct Event {
   EventKind kind = EventKind::kConnected;
   PeerId peer = 0;
   TransferId id = 0;
+  std::int64_t time_ns = 0;    ///< When the engine saw it.
+  std::int64_t posted_ns = 0;  ///< kTransferDone: when its last slice went to the backend.
   std::uint32_t imm = 0;
   Bytes data = {};
   std::string reason = {};

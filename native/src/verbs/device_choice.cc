@@ -100,10 +100,10 @@ std::vector<Candidate> find_usable(const std::vector<const Port*>& ports, int gi
                                    const Place& place, std::vector<std::string>& rejected) {
   std::vector<Candidate> usable;
   for (const Port* port : ports) {
-    Candidate candidate{.port = port, .distance = distance(place.device, port->pci)};
-    const std::string fault = find_fault(*port, gid_index, candidate.gid);
+    Gid gid;
+    const std::string fault = find_fault(*port, gid_index, gid);
     if (fault.empty()) {
-      usable.push_back(candidate);
+      usable.push_back({port, gid, distance(place.device, port->pci)});
     } else {
       rejected.push_back(port->name() + fault);
     }
@@ -252,14 +252,17 @@ Distance distance(const PciDevice& a, const PciDevice& b) {
 
 std::string Choice::text() const {
   std::string text;
+  const auto add_line = [&text](const std::string& line) {
+    text += (text.empty() ? "" : "\n") + line;
+  };
   for (const ChosenPort& chosen : ports) {
     const Port& port = chosen.port;
     const std::string pci = port.pci_address();
-    text += port.name() + " (" + link_layer_name(port.link_layer) + ", " + rate_text(port) + ", " +
-            (pci.empty() ? "software" : pci + ", NUMA node " + std::to_string(port.pci.numa_node)) +
-            "): " + chosen.why + "\n";
+    add_line(port.name() + " (" + link_layer_name(port.link_layer) + ", " + rate_text(port) + ", " +
+             (pci.empty() ? "software" : pci + ", NUMA node " + std::to_string(port.pci.numa_node)) +
+             "): " + chosen.why);
   }
-  for (const std::string& reason : rejected) text += "not used: " + reason + "\n";
+  for (const std::string& reason : rejected) add_line("not used: " + reason);
   return text;
 }
 

@@ -38,7 +38,7 @@ struct Choice {
   std::vector<ChosenPort> ports = {};      ///< At least one.
   std::vector<std::string> rejected = {};  ///< "mlx5_3:1 is DOWN"
 
-  /// A line for each chosen port and for each one passed over.
+  /// A line for each chosen port and for each one passed over; no final newline.
   [[nodiscard]] std::string text() const;
 };
 

@@ -2,7 +2,12 @@
 #include "verbs/ibverbs.h"
 
 #include <dlfcn.h>
+#include <linux/capability.h>
+#include <sys/resource.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
+#include <array>
 #include <cstring>
 #include <stdexcept>
 #include <string>
@@ -24,6 +29,28 @@ void find(void* library, const char* name, Function& function) {
     throw std::runtime_error(std::string(kLibrary) + " lacks " + name +
                              "; install a newer rdma-core");
   }
+}
+
+bool may_lock_any_amount() {
+  __user_cap_header_struct header{.version = _LINUX_CAPABILITY_VERSION_3, .pid = 0};
+  std::array<__user_cap_data_struct, _LINUX_CAPABILITY_U32S_3> data{};
+  if (syscall(SYS_capget, &header, data.data()) != 0) return false;
+  return (data[0].effective & (1U << CAP_IPC_LOCK)) != 0;
+}
+
+/// RLIMIT_MEMLOCK binds whoever lacks CAP_IPC_LOCK (getrlimit(2)).
+std::uint64_t memlock_limit() {
+  rlimit limit{};
+  getrlimit(RLIMIT_MEMLOCK, &limit);
+  return may_lock_any_amount() ? UINT64_MAX : limit.rlim_cur;
+}
+
+/// A fork() gives the child the pinned pages and the parent copies, unless the kernel copies them
+/// for the child (Linux 5.12) or this is called first (ibv_fork_init(3)); then it costs nothing.
+void make_fork_safe(void* library) {
+  decltype(&::ibv_fork_init) fork_init = nullptr;
+  find_optional(library, "ibv_fork_init", fork_init);
+  if (fork_init != nullptr) fork_init();
 }
 
 Ibverbs open_library() {
@@ -61,6 +88,8 @@ Ibverbs open_library() {
   find(library, "ibv_destroy_qp", lib.destroy_qp);
   find(library, "ibv_wc_status_str", lib.wc_status_str);
   find(library, "ibv_event_type_str", lib.event_type_str);
+  lib.memlock_limit = memlock_limit;
+  make_fork_safe(library);
   return lib;
 }
 

@@ -3,6 +3,7 @@
 
 #include <infiniband/verbs.h>
 
+#include <cstdint>
 #include <memory>
 
 namespace rkv::verbs {
@@ -40,6 +41,8 @@ struct Ibverbs {
   decltype(&::ibv_destroy_qp) destroy_qp;
   decltype(&::ibv_wc_status_str) wc_status_str;
   decltype(&::ibv_event_type_str) event_type_str;
+  /// Bytes that this process may pin: no function of the library, but what ibv_reg_mr() goes by.
+  std::uint64_t (*memlock_limit)();
 
   /// What the inline ibv_query_port() of verbs.h does, without linking to the library.
   int query_port(ibv_context* context, std::uint8_t port, ibv_port_attr* attributes) const;

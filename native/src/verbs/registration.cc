@@ -1,13 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "verbs/registration.h"
 
-#include <linux/capability.h>
-#include <sys/resource.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-
 #include <algorithm>
-#include <array>
 #include <cerrno>
 #include <sstream>
 #include <stdexcept>
@@ -24,19 +18,6 @@ constexpr const char* kMemlockRemedy =
     "raise the memlock limit: '* - memlock unlimited' in /etc/security/limits.conf for logins; "
     "for Slurm jobs 'LimitMEMLOCK=infinity' in slurmd's unit (systemctl edit slurmd) and "
     "'PropagateResourceLimitsExcept=MEMLOCK' in slurm.conf";
-
-bool may_lock_any_amount() {
-  __user_cap_header_struct header{.version = _LINUX_CAPABILITY_VERSION_3, .pid = 0};
-  std::array<__user_cap_data_struct, _LINUX_CAPABILITY_U32S_3> data{};
-  if (syscall(SYS_capget, &header, data.data()) != 0) return false;
-  return (data[0].effective & (1U << CAP_IPC_LOCK)) != 0;
-}
-
-std::uint64_t memlock_limit() {
-  rlimit limit{};
-  getrlimit(RLIMIT_MEMLOCK, &limit);
-  return limit.rlim_cur;
-}
 
 /// Relaxed ordering lets a NIC's PCIe writes pass each other, which some hosts need for full
 /// speed. Completions stay ordered behind the data, and nothing here polls memory for it. The
@@ -78,8 +59,8 @@ std::uint64_t common_chunk_bytes(const std::vector<std::unique_ptr<Rail>>& rails
 
 }  // namespace
 
-void check_memlock(std::uint64_t nbytes, std::uint64_t pinned, std::uint64_t limit, bool exempt) {
-  if (exempt || (nbytes <= limit && pinned <= limit - nbytes)) return;
+void check_memlock(std::uint64_t nbytes, std::uint64_t pinned, std::uint64_t limit) {
+  if (nbytes <= limit && pinned <= limit - nbytes) return;
   throw std::runtime_error("register_memory(): " + std::to_string(nbytes) +
                            " bytes to pin, and the memlock limit (ulimit -l) is " +
                            std::to_string(limit) + " bytes, of which this engine has pinned " +
@@ -102,7 +83,7 @@ Registration::Registration(const std::vector<std::unique_ptr<Rail>>& rails,
                              std::to_string(chunk_bytes_) + " bytes at once; set block_size to " +
                              std::to_string(chunk_bytes_) + " or less");
   }
-  check_memlock(pinned_bytes(), pinned, memlock_limit(), may_lock_any_amount());
+  check_memlock(pinned_bytes(), pinned, rails.front()->lib().memlock_limit());
   for (const auto& rail : rails) {
     for (std::uint64_t done = 0; done < range.nbytes; done += chunk_bytes_) {
       const std::uint64_t nbytes = std::min(chunk_bytes_, range.nbytes - done);

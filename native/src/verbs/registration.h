@@ -39,9 +39,8 @@ class Registration final : public PinnedMemory {
   std::vector<Handle<ibv_mr>> mrs_;  // all chunks of rail 0, then of rail 1, ...
 };
 
-/// Throws what ibv_reg_mr would fail with if `nbytes` more do not fit under RLIMIT_MEMLOCK.
-/// `exempt` is whether the process may lock any amount (CAP_IPC_LOCK).
+/// Throws what ibv_reg_mr would fail with if `nbytes` more do not fit under the memlock limit.
 /// @throw std::runtime_error with the lines for limits.conf and slurmd.
-void check_memlock(std::uint64_t nbytes, std::uint64_t pinned, std::uint64_t limit, bool exempt);
+void check_memlock(std::uint64_t nbytes, std::uint64_t pinned, std::uint64_t limit);
 
 }  // namespace rkv::verbs

@@ -22,7 +22,8 @@ struct Chain {
 /// its chain completes (RC completes in order; ibv_post_send(3)), so slots return chain by chain.
 class SendQueue {
  public:
-  explicit SendQueue(std::uint32_t capacity) : free_(capacity) {}
+  explicit SendQueue(std::uint32_t capacity, std::uint32_t first_sequence = 0)
+      : free_(capacity), first_(first_sequence) {}
 
   [[nodiscard]] std::uint32_t free_wrs() const { return free_; }
   [[nodiscard]] std::uint32_t outstanding_wrs() const { return outstanding_; }
@@ -45,7 +46,7 @@ class SendQueue {
   std::uint32_t free_;
   std::uint32_t outstanding_ = 0;
   std::uint64_t nbytes_ = 0;
-  std::uint32_t first_ = 0;  // sequence of chains_.front(); wraps
+  std::uint32_t first_;  // sequence of chains_.front(); wraps
   std::deque<Chain> chains_;
 };
 

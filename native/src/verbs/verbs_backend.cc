@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <iterator>
 #include <limits>
 #include <sstream>
 #include <stdexcept>
@@ -24,7 +25,7 @@ static_assert(kMaxSendWrs <= kSendCqDepth, "one QP must be able to fill its send
 
 /// After activity the thread polls this long before it sleeps.
 constexpr std::chrono::microseconds kSpin{50};
-constexpr int kInfiniBandSubnetBits = 64;  ///< The upper half of a GID.
+constexpr int kSubnetPrefixBytes = 8;  ///< Of an InfiniBand GID.
 constexpr int kDrainAll = std::numeric_limits<int>::max();
 
 std::string address_text(const RailAddress& address) {
@@ -146,7 +147,7 @@ RailAddress VerbsBackend::own_address(std::size_t rail) const {
           .lid = attributes.lid,
           .mtu = static_cast<std::uint8_t>(attributes.active_mtu),
           .rate_gbps = chosen.port.rate_gbps,
-          .subnet_bits = infiniband ? kInfiniBandSubnetBits : subnet_bits(chosen.gid)};
+          .subnet_bits = infiniband ? 8 * kSubnetPrefixBytes : subnet_bits(chosen.gid)};
 }
 
 void VerbsBackend::connect(PeerId id, PeerLink link) {
@@ -176,30 +177,36 @@ void VerbsBackend::connect_rails(Peer& peer, const std::vector<RailEndpoint>& re
   const std::vector<RailPair> pairs = pair_rails(own_addresses, remote_addresses);
   std::vector<std::size_t> own_used(rails_.size());
   std::vector<std::size_t> remote_used(remote.size());
-  std::vector<std::unique_ptr<Channel>> connected;
   // A QP for each pair, then another for each, while both ends have some: both count alike.
   for (bool more = true; std::exchange(more, false);) {
     for (const auto& [own, other] : pairs) {
       if (own_used[own] == qps_per_rail_ || remote_used[other] == remote[other].qps.size())
         continue;
-      auto& channel = peer.channels[own * qps_per_rail_ + own_used[own]++];
-      channel->qp.connect(remote[other].qps[remote_used[other]++],
-                          path_to(own, remote_addresses[other]));
-      channel->remote_keys = &peer.remote_keys[other];
-      channel->path_text = " to " + address_text(remote_addresses[other]);
-      connected.push_back(std::move(channel));
+      Channel& channel = *peer.channels[own * qps_per_rail_ + own_used[own]++];
+      channel.path_text = " to " + address_text(remote_addresses[other]);
+      channel.qp.connect(remote[other].qps[remote_used[other]++],
+                         path_to(own, remote_addresses[other]));
+      channel.remote_keys = &peer.remote_keys[other];
       more = true;
     }
   }
-  std::erase(peer.channels, nullptr);
-  destroy_channels(std::exchange(peer.channels, std::move(connected)));
+  const auto unused =
+      std::stable_partition(peer.channels.begin(), peer.channels.end(),
+                            [](const auto& channel) { return channel->remote_keys != nullptr; });
+  std::vector<std::unique_ptr<Channel>> spare(std::make_move_iterator(unused),
+                                              std::make_move_iterator(peer.channels.end()));
+  peer.channels.erase(unused, peer.channels.end());
+  destroy_channels(std::move(spare));
 }
 
 Path VerbsBackend::path_to(std::size_t rail, const RailAddress& remote) const {
   const ibv_port_attr& attributes = rails_[rail]->port_attributes();
   const bool ethernet = attributes.link_layer == IBV_LINK_LAYER_ETHERNET;
+  const auto& own_gid = choice_.ports[rail].gid.raw;
+  const bool routed =
+      !std::equal(own_gid.begin(), own_gid.begin() + kSubnetPrefixBytes, remote.gid.begin());
   const bool needs_grh = (attributes.flags & IBV_QPF_GRH_REQUIRED) != 0;
-  return {.global = ethernet || needs_grh,
+  return {.global = ethernet || needs_grh || routed,
           .gid = remote.gid,
           .own_gid_index = static_cast<std::uint8_t>(choice_.ports[rail].gid.index),
           .lid = remote.lid,
@@ -220,19 +227,25 @@ void VerbsBackend::close_peer(PeerId id) {
 }
 
 /// The fence: a destroyed QP accepts no packet and reads no memory. Its CQEs may stay in the CQ
-/// (they do on Soft-RoCE), so both CQs are emptied before its share of them is given back.
+/// (they do on Soft-RoCE), so both CQs are emptied before its share of them is given back and a new
+/// QP may get its number.
 void VerbsBackend::destroy_channels(std::vector<std::unique_ptr<Channel>> channels) {
-  std::vector<std::uint32_t> freed(rails_.size());
+  struct Freed {
+    bool any = false;
+    std::uint32_t wrs = 0;
+  };
+  std::vector<Freed> freed(rails_.size());
   for (auto& channel : channels) {
     by_serial_.erase(channel->serial);
     rail_states_[channel->rail].by_qp_number.erase(channel->qp.address().number);
-    freed[channel->rail] += channel->queue.outstanding_wrs();
+    freed[channel->rail].any = true;
+    freed[channel->rail].wrs += channel->queue.outstanding_wrs();
     channel.reset();
   }
   for (std::size_t rail = 0; rail < rails_.size(); ++rail) {
-    if (freed[rail] == 0) continue;
+    if (!freed[rail].any) continue;
     drain(rail, kDrainAll);
-    rails_[rail]->return_cqes(freed[rail]);
+    rails_[rail]->return_cqes(freed[rail].wrs);
   }
 }
 

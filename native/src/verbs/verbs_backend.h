@@ -41,6 +41,7 @@ class VerbsBackend final : public Backend {
   [[nodiscard]] std::uint8_t lanes() const override { return 0; }
   [[nodiscard]] std::string describe() const override { return choice_.text(); }
   [[nodiscard]] std::vector<std::size_t> cpus() const override;
+  [[nodiscard]] bool polls() const override { return true; }
   [[nodiscard]] std::chrono::microseconds default_spin() const override;
   void attach(EventLoop& loop) override;
   [[nodiscard]] std::unique_ptr<PinnedMemory> pin_memory(const MemoryRange& range,

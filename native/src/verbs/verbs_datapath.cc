@@ -198,7 +198,7 @@ bool VerbsBackend::drain(std::size_t rail, int rounds) {
       any |= sent + received > 0;
       if (sent < kPollBatch && received < kPollBatch) break;
     }
-  } catch (const std::runtime_error& error) {
+  } catch (const std::exception& error) {
     fail_rail(rail, error.what());
   }
   return any;

@@ -54,7 +54,7 @@ class Outgoing:
     transfer_id: str
     prompt_tokens: int
     layout: KVLayout
-    blocks: list[list[int]] = field(default_factory=list)
+    blocks: list[Int64s] = field(default_factory=list)
     target: Target | None = None
     in_flight: set[int] = field(default_factory=set)
     end: PrefillEnd | None = None
@@ -77,10 +77,13 @@ class Outgoing:
     def add_chunk(self, chunk: PrefillChunk) -> None:
         """Take in a step's blocks, which are appended unless the request (re)started."""
         if chunk.restart:
-            self.blocks = [list(ids) for ids in chunk.block_ids]
+            self.blocks = [np.array(ids, dtype=np.int64) for ids in chunk.block_ids]
             return
-        for known, new in zip(self.blocks, chunk.block_ids, strict=False):
-            known.extend(new)
+        # Converted once a chunk: every layer reads them, and 4,096 ids take 150 us from a list.
+        self.blocks = [
+            np.concatenate((known, np.array(new, dtype=np.int64)))
+            for known, new in zip(self.blocks, chunk.block_ids, strict=False)
+        ]
 
     def restart(self) -> None:
         """The request was preempted: its blocks go back and its tokens are computed anew.
@@ -135,7 +138,7 @@ class Outgoing:
             return None
         self.sent[index] = end
         first = target.first_page[layer.group]
-        here = np.array(self.blocks[layer.group][begin:end], dtype=np.int64)
+        here = self.blocks[layer.group][begin:end]
         there = target.blocks[layer.group][begin - first : end - first]
         real = (here != NULL_BLOCK) & (there != NULL_BLOCK)
         here, there = here[real], there[real]
