@@ -10,6 +10,9 @@ cd "$(dirname "$0")/.."
 
 TORCH_VERSION=2.13.0
 PACKAGES=(g++ python3-dev python3-venv libnuma1 libgtest-dev libibverbs-dev)
+# For the tests of the verbs engine: guests with Soft-RoCE.
+PACKAGES+=(qemu-system-x86 busybox-static iproute2 zstd rdma-core ibverbs-utils ibverbs-providers
+  perftest)
 VENV=.venv
 STAMPS=$VENV/.stamps
 

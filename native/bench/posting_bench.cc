@@ -4,6 +4,7 @@
 ///
 /// Prints one JSON object per case: {"rows": 1024, "pattern": "fragmented", "prepare_ns": ...}.
 #include <algorithm>
+#include <array>
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
@@ -25,7 +26,8 @@ namespace {
 using rkv::Clock;
 
 constexpr std::uint64_t kPageBytes = 4096;
-constexpr std::size_t kMaxRows = 65536;
+constexpr std::array<std::size_t, 7> kRows{1, 16, 128, 1024, 4096, 16384, 65536};
+constexpr std::size_t kMaxRows = kRows.back();
 constexpr std::uint64_t kLocalBase = std::uint64_t{1} << 40;  // never touched, so never mapped
 constexpr std::uint64_t kRemoteBase = std::uint64_t{2} << 40;
 constexpr rkv::MemoryRange kLocal{kLocalBase, 2 * kMaxRows * kPageBytes};
@@ -150,6 +152,6 @@ void measure(Pair& pair, std::size_t n, const std::string& pattern) {
 int main() {
   Pair pair;
   for (const char* pattern : {"fragmented", "gathered", "contiguous"}) {
-    for (const std::size_t n : {1, 16, 128, 1024, 4096, 16384, 65536}) measure(pair, n, pattern);
+    for (std::size_t n : kRows) measure(pair, n, pattern);
   }
 }

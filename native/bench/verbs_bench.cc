@@ -2,7 +2,8 @@
 /// Two engines in two processes, driven by orders on stdin, one a line:
 ///
 ///   write BLOCK BATCH      seconds from write() of a batch of scattered blocks to kTransferDone
-///   pingpong BLOCK ROUNDS  half round trips of a block with its signal, p50 and p99
+///   pingpong BLOCK ROUNDS  half round trips of a block with its signal, p50 and p99, as the
+///                          application sees them and as the engines do
 ///
 /// Each is answered by a line of JSON, as is the start. Both regions are shared memory, so the
 /// writing process sees for itself what landed: it compares after the first batch of each shape.
@@ -40,7 +41,7 @@ using rkv::EventKind;
 constexpr std::size_t kRegionBytes = std::size_t{256} << 20;
 constexpr std::chrono::seconds kPatience{300};  // 4 GiB at Soft-RoCE's slowest in an emulated guest
 constexpr double kPeerTimeoutS = 60;            // an emulated guest may stand still for seconds
-constexpr std::int64_t kWarmUpRounds = 20;
+constexpr std::size_t kWarmUpRounds = 20;
 
 [[noreturn]] void fail(const char* call) {
   throw std::system_error(errno, std::generic_category(), call);
@@ -110,6 +111,7 @@ class End {
     while (Clock::now() < deadline) {
       if (!engine.events().wait(std::chrono::seconds(1))) continue;
       for (Event& event : engine.events().poll(1)) {
+        if (event.kind == EventKind::kTransferDone) posted_ns.push_back(event.posted_ns);
         if (event.kind == kind) return std::move(event);
         if (!event.reason.empty()) throw std::runtime_error(event.reason);
       }
@@ -125,6 +127,7 @@ class End {
   }
 
   rkv::Engine engine;
+  std::vector<std::int64_t> posted_ns;  ///< Of all transfers that are done.
 
  private:
   rkv::RegisteredMemory memory_;
@@ -165,6 +168,11 @@ Rows scatter(const Region& from, const Region& to, std::size_t block, std::size_
 }
 
 void* at(std::int64_t address) { return reinterpret_cast<void*>(address); }
+
+double percentile(std::vector<double>& values, std::size_t percent) {
+  std::sort(values.begin(), values.end());
+  return values.at(values.size() * percent / 100);
+}
 
 /// The process that reads orders.
 class Writer {
@@ -208,18 +216,38 @@ class Writer {
   }
 
   void pingpong(std::int64_t block, std::int64_t rounds) {
-    pipe_.send(std::to_string(block) + " " + std::to_string(rounds + kWarmUpRounds));
+    const std::int64_t all = rounds + static_cast<std::int64_t>(kWarmUpRounds);
+    pipe_.send(std::to_string(block) + " " + std::to_string(all));
+    end_.posted_ns.clear();
     std::vector<double> halves;
-    for (std::int64_t i = 0; i < rounds + kWarmUpRounds; ++i) {
+    for (std::int64_t i = 0; i < all; ++i) {
       const Clock::time_point start = Clock::now();
       end_.write_block(source_, target_, block, 1);
       (void)end_.expect(EventKind::kImm);
       const std::chrono::duration<double, std::micro> took = Clock::now() - start;
-      if (i >= kWarmUpRounds) halves.push_back(took.count() / 2);
+      if (i >= static_cast<std::int64_t>(kWarmUpRounds)) halves.push_back(took.count() / 2);
     }
-    std::sort(halves.begin(), halves.end());
-    std::printf("{\"p50_us\": %.3f, \"p99_us\": %.3f}\n", halves[halves.size() / 2],
-                halves[halves.size() * 99 / 100]);
+    while (end_.posted_ns.size() < static_cast<std::size_t>(all)) {
+      (void)end_.expect(EventKind::kTransferDone);
+    }
+    std::vector<double> engine_us = one_way_us(pipe_.receive());
+    std::printf(
+        "{\"p50_us\": %.3f, \"p99_us\": %.3f, \"engine_p50_us\": %.3f, \"engine_p99_us\": %.3f}\n",
+        percentile(halves, 50), percentile(halves, 99), percentile(engine_us, 50),
+        percentile(engine_us, 99));
+  }
+
+  /// From the last slice being posted here to the peer's engine reporting the signal; both clocks
+  /// are this host's.
+  [[nodiscard]] std::vector<double> one_way_us(const rkv::Bytes& answer) const {
+    std::istringstream times(answer);
+    std::vector<double> took;
+    std::int64_t seen_ns = 0;
+    for (std::size_t i = 0; times >> seen_ns; ++i) {
+      if (i < kWarmUpRounds) continue;
+      took.push_back(static_cast<double>(seen_ns - end_.posted_ns.at(i)) / 1e3);
+    }
+    return took;
   }
 
   const Region& source_;
@@ -239,10 +267,12 @@ void serve(const rkv::EngineConfig& config, const Region& source, const Region& 
     std::int64_t block = 0;
     std::int64_t rounds = 0;
     fields >> block >> rounds;
+    std::string seen_ns;
     for (; rounds > 0; --rounds) {
-      (void)end.expect(EventKind::kImm);
+      seen_ns += std::to_string(end.expect(EventKind::kImm).time_ns) + " ";
       end.write_block(target, source, block, 1);
     }
+    pipe.send(seen_ns);
   }
 }
 

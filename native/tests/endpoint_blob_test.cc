@@ -67,11 +67,13 @@ TEST(EndpointBlob, EveryTruncationNamesItsField) {
     for (std::size_t i = 0; i < nbytes; ++i, ++length) {
       // A copy of its own size, so that the sanitizers see a read beyond it.
       const Bytes cut(blob.begin(), blob.begin() + static_cast<std::ptrdiff_t>(length));
-      EXPECT_EQ(format_error([&] { (void)decode_endpoint(cut); }), "truncated at its " + field);
+      EXPECT_EQ(format_error([&] { (void)decode_endpoint(cut); }),
+                "connect(): the endpoint's RDMA address is truncated at its " + field);
     }
   }
   EXPECT_EQ(length, blob.size());
-  EXPECT_EQ(format_error([&] { (void)decode_endpoint(blob + "x"); }), "1 bytes too long");
+  EXPECT_EQ(format_error([&] { (void)decode_endpoint(blob + "x"); }),
+            "connect(): the endpoint's RDMA address is 1 bytes too long");
 }
 
 TEST(EndpointBlob, ImpossibleValues) {
@@ -168,6 +170,42 @@ TEST(RegionKeys, HugeCount) {
   EXPECT_EQ(
       format_error([&] { (void)RegionKeys::decode(reader, {.address = 0, .nbytes = 4000000000}); }),
       "truncated at its rkey");
+}
+
+Bytes encode_for_rails(std::uint8_t rails, const RegionKeys& keys) {
+  ByteWriter writer;
+  writer.put(rails);
+  for (std::uint8_t i = 0; i < rails; ++i) keys.encode(writer);
+  return writer.take();
+}
+
+TEST(DecodeMemory, KeysByRailAndRegion) {
+  const Bytes one = encode_for_rails(2, {.chunk_bytes = 10000, .keys = {7}});
+  const Bytes other = encode_for_rails(2, {.chunk_bytes = 4096, .keys = {7, 8, 9}});
+  const auto by_rail = decode_memory({{kRange, one}, {kRange, other}}, 2, 4096);
+  ASSERT_EQ(by_rail.size(), 2U);
+  EXPECT_EQ(by_rail[1].at(0).keys.size(), 1U);
+  EXPECT_EQ(by_rail[1].at(1).keys.size(), 3U);
+}
+
+TEST(DecodeMemory, ErrorsNameTheDescriptor) {
+  const Bytes good = encode_for_rails(1, {.chunk_bytes = 10000, .keys = {7}});
+  const auto error = [&](const Bytes& bytes, std::uint64_t block_size) {
+    return format_error(
+        [&] { (void)decode_memory({{kRange, good}, {kRange, bytes}}, 1, block_size); });
+  };
+  const std::string prefix = "connect(): memory descriptor 1 is ";
+  EXPECT_EQ(error(good, 1 << 20), "");  // One key is good for slices of any size.
+  EXPECT_EQ(error("", 4096), prefix + "truncated at its number of rails");
+  EXPECT_EQ(error(good + "x", 4096), prefix + "1 bytes too long");
+  EXPECT_EQ(error(encode_for_rails(2, {.chunk_bytes = 10000, .keys = {7}}), 4096),
+            prefix + "for 2 rails; the endpoint has 1");
+  const Bytes chunks = encode_for_rails(1, {.chunk_bytes = 4096, .keys = {7, 8, 9}});
+  EXPECT_EQ(error(chunks, 4096), "");
+  // A slice of 8192 bytes would cross two edges.
+  EXPECT_EQ(error(chunks, 8192), prefix +
+                                     "registered in chunks of 4096 bytes; set block_size to "
+                                     "at most that on both sides");
 }
 
 }  // namespace

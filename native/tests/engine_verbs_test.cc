@@ -30,6 +30,7 @@ class FakeNetwork final : public Network {
         verbs::choose_fakes(fabric_, devices_[engine], link_layer_));
   }
   void expect_clean() const override { verbs::expect_clean(fabric_); }
+  [[nodiscard]] verbs::FakeFabric& fabric() { return fabric_; }
 
  private:
   verbs::FakeFabric fabric_;
@@ -81,6 +82,66 @@ std::vector<EngineParam> fake_configs() {
 }
 
 INSTANTIATE_TEST_SUITE_P(FakeVerbs, EngineTest, testing::ValuesIn(fake_configs()), name_of);
+
+/// Two engines over verbs whose control connection outlives what happens to the fabric.
+class VerbsEngineFault : public testing::Test {
+ protected:
+  void connect() {
+    connect_both(a_, b_);
+    rows_.local = {static_cast<std::int64_t>(a_.address(0))};
+    rows_.remote = {static_cast<std::int64_t>(b_.address(0))};
+    rows_.nbytes = {static_cast<std::int64_t>(a_.buffer.size())};
+  }
+  void expect_lost(const std::vector<std::string>& words) {
+    const Event lost = a_.expect(EventKind::kPeerLost);
+    for (const std::string& word : words) {
+      EXPECT_NE(lost.reason.find(word), std::string::npos) << word << ": " << lost.reason;
+    }
+    EXPECT_THROW((void)rows_.write(a_), std::runtime_error);
+  }
+
+  const EngineConfig config_{.block_size = 65536, .peer_timeout_s = 1.0};
+  FakeNetwork network_{verbs::fake_fabric(2, {.retry_scale = 0.1}), {1, 1}};
+  Side a_{1, config_, network_, 1 << 20};
+  Side b_{2, config_, network_, 1 << 20};
+  Columns rows_;
+};
+
+TEST_F(VerbsEngineFault, DeadPeerEndsEveryWriteExactlyOnce) {
+  connect();
+  std::map<TransferId, int> ends{{rows_.write(a_), 0}};
+  EXPECT_EQ(a_.expect(EventKind::kTransferDone).id, ends.begin()->first);
+  network_.fabric().drop_all_from("rxe1");
+  for (int i = 0; i < 20; ++i) ends[rows_.write(a_)] = 0;
+  for (std::size_t i = 1; i < ends.size(); ++i) ++ends[a_.expect(EventKind::kTransferFailed).id];
+  expect_lost({"peer peer-of-1: rxe0:1 QP", "retry counter exceeded"});
+  EXPECT_EQ(ends.size(), 21U);  // no id that was not given out
+  for (const auto& [id, times] : ends) EXPECT_EQ(times, id == ends.begin()->first ? 0 : 1) << id;
+  EXPECT_EQ(a_.seen[EventKind::kTransferDone], 1);
+  EXPECT_EQ(a_.seen[EventKind::kTransferFailed], 20);
+}
+
+TEST_F(VerbsEngineFault, IdlePeerIsFoundDeadByItsHeartbeats) {
+  connect();
+  network_.fabric().drop_all_from("rxe1");
+  expect_lost({"keep-alive", "retry counter exceeded"});
+}
+
+TEST_F(VerbsEngineFault, StalledDeviceIsFoundByItsHeartbeats) {
+  connect();
+  network_.fabric().stall("rxe0");
+  (void)rows_.write(a_);
+  a_.expect(EventKind::kTransferFailed);
+  expect_lost({"stalled"});
+}
+
+TEST_F(VerbsEngineFault, UnreachablePeerNeverConnects) {
+  network_.fabric().drop_all_from("rxe1");
+  a_.connect(b_);
+  b_.connect(a_);
+  expect_lost({"retry counter exceeded"});
+  EXPECT_EQ(a_.seen[EventKind::kConnected], 0);
+}
 
 }  // namespace
 }  // namespace rkv

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 # shellcheck shell=bash
 # PID 1 of a guest once its root is there: makes the rails, waits for the other nodes, runs the
-# command, leaves output and exit status in /io, and powers off. Each program that it starts takes
-# an emulated CPU some 30 ms, hence what is done with the shell's own means.
+# command, leaves output and exit status in /io, and powers off. A program's start takes an
+# emulated CPU 30 ms or more, hence what is done with the shell's own means.
 # GUEST_NODE comes from the kernel's command line, everything else from /io/environment.
 # shellcheck source=/dev/null
 . /io/environment

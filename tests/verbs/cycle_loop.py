@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import resource
 import subprocess
@@ -21,34 +20,39 @@ BUFFER_BYTES = 256 << 10
 OBJECTS = ("qp", "cq", "pd", "mr", "srq")
 
 
-def wait_for(engine: Engine, kinds: set[str]) -> None:
-    """Returns when all of these events have come."""
+def wait_for(engine: Engine, peer: int, kind: str) -> None:
+    """Returns when this event has come. Those of earlier cycles' peers do not matter."""
     deadline = time.monotonic() + PATIENCE_S
-    while kinds:
+    while True:
         if not engine.wait(max(0.0, deadline - time.monotonic())):
-            raise TimeoutError(f"no {kinds} within {PATIENCE_S} s")
-        for event in engine.poll():
+            raise TimeoutError(f"no {kind} within {PATIENCE_S} s")
+        for event in engine.poll(1):
+            if event.peer != peer:
+                continue
             if event.kind.name in ("PEER_LOST", "TRANSFER_FAILED"):
                 raise RuntimeError(f"{event.kind.name}: {event.reason}")
-            kinds.discard(event.kind.name)
+            if event.kind.name == kind:
+                return
 
 
 def cycle(engines: list[Engine], buffers: list[np.ndarray], imm: int) -> None:
     """Two endpoints and two registrations come and go, one transfer between them."""
-    memory = [e.register_memory(b.ctypes.data, b.nbytes) for e, b in zip(engines, buffers)]
+    memory = [
+        e.register_memory(b.ctypes.data, b.nbytes) for e, b in zip(engines, buffers, strict=True)
+    ]
     ends = [engine.create_endpoint(f"cycle-{imm}") for engine in engines]
     for i, engine in enumerate(engines):
         engine.connect(ends[i].peer, ends[1 - i].descriptor, [memory[1 - i].descriptor])
-    for engine in engines:
-        wait_for(engine, {"CONNECTED"})
+    for engine, end in zip(engines, ends, strict=True):
+        wait_for(engine, end.peer, "CONNECTED")
     buffers[0][:] = imm % 251
     pages = np.arange(0, BUFFER_BYTES, 8192)[::-1]
     source, target = (b.ctypes.data + pages for b in buffers)
     engines[0].write(ends[0].peer, source, target, np.full(len(pages), 8192), imm=imm)
-    wait_for(engines[0], {"TRANSFER_DONE"})
-    wait_for(engines[1], {"IMM"})
+    wait_for(engines[0], ends[0].peer, "TRANSFER_DONE")
+    wait_for(engines[1], ends[1].peer, "IMM")
     assert (buffers[1] == imm % 251).all()
-    for engine, end, region in zip(engines, ends, memory):
+    for engine, end, region in zip(engines, ends, memory, strict=True):
         engine.close_peer(end.peer)
         region.close()
 
@@ -62,7 +66,7 @@ def usage(engines: list[Engine]) -> dict[str, int]:
     stats = [engine.stats() for engine in engines]
     return {
         "rss_bytes": pages * resource.getpagesize(),
-        "fds": len(os.listdir("/proc/self/fd")),
+        "fds": sum(1 for _ in Path("/proc/self/fd").iterdir()),
         "pinned_bytes": sum(int(s["pinned_bytes"]) for s in stats),
         "verbs_qps": sum(int(s["verbs_qps"]) for s in stats),
         **{f"rdma_{kind}": count_objects(objects, kind) for kind in OBJECTS},

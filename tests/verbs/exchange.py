@@ -39,7 +39,7 @@ def exchange_pages(near: LabNode, far: LabNode, seed: int) -> None:
         node.call("next_event", "TRANSFER_DONE")
 
 
-def exchange_signals(near: LabNode, far: LabNode, count: int = 50) -> None:
+def exchange_signals(near: LabNode, far: LabNode, count: int = 20) -> None:
     """Small writes with a signal each; their order is the order in which they arrive."""
     for imm in range(count):
         near.call("write", [imm], [imm], [PAGE_BYTES])

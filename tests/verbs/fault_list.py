@@ -7,13 +7,14 @@ import signal
 import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tests.verbs.lab import CONNECT_TIMEOUT_S, PEER_TIMEOUT_S
+from tests.verbs.lab import PEER_TIMEOUT_S
 from tests.verbs.stage import SLACK_S, Outcome, Stage, plain
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 SHORT_CUT_S = 2.0
+FILL_S = 0.5
 DETECTED_S = PEER_TIMEOUT_S + SLACK_S
 #: What is not a matter of silence is told at once.
 AT_ONCE_S = SLACK_S
@@ -94,7 +95,15 @@ def target_deregistered(stage: Stage) -> Outcome:
 
 def source_deregistered(stage: Stage) -> Outcome:
     victim = stage.meet_in_traffic(survivor=False)
-    outcome = stage.lose(lambda: victim.call("fence_memory"), victim)
+    guests = stage.lab.guests
+
+    def deregister() -> None:
+        guests.stop(0)  # so that writes are surely outstanding
+        time.sleep(FILL_S)
+        victim.call("fence_memory")
+        guests.cont(0)
+
+    outcome = stage.lose(deregister, victim)
     victim.end()
     return outcome
 
@@ -131,13 +140,14 @@ def link_local_gid(stage: Stage) -> Outcome:
 
 
 def unreachable_gid(stage: Stage) -> Outcome:
-    # Without any route the kernel takes the address for one on the link.
-    stage.lab.ask(0, "shell", "ip route add unreachable 10.99.0.0/24")
+    # rxe takes every IPv4 address for one on the link, so that no missing route stops it.
+    neighbour = "10.99.0.1 lladdr 52:54:00:00:00:99 dev eth0"
+    stage.lab.ask(0, "shell", f"ip neighbour replace {neighbour} nud permanent")
     stage.lab.ask(1, "shell", "ip address add 10.99.0.1/24 dev eth0; sleep 0.5")
     try:
         return unconnectable(stage, gid_index=2)
     finally:
-        stage.lab.ask(0, "shell", "ip route delete unreachable 10.99.0.0/24")
+        stage.lab.ask(0, "shell", f"ip neighbour delete {neighbour}")
         stage.lab.ask(1, "shell", "ip address delete 10.99.0.1/24 dev eth0")
 
 
@@ -176,6 +186,6 @@ FAULTS = {
     "no ACTIVE port": Fault(no_active_port, "no RDMA port can be used:.*DOWN"),
     "GID index out of the table": Fault(empty_gid_index, "empty GID 7; set gid_index"),
     "link-local GID against an IPv4 one": Fault(link_local_gid, "set devices and gid_index"),
-    "GID that the peer has no route to": Fault(unreachable_gid, "GID", CONNECT_TIMEOUT_S + SLACK_S),
+    "GID that packets do not reach": Fault(unreachable_gid, "compare GIDs", DETECTED_S),
 }
 POWER_CUT = Fault(lambda stage: power_cut(stage, 2), "retry|no heartbeat", DETECTED_S)

@@ -56,8 +56,11 @@ class TrafficNode(Node):
         self._thread: threading.Thread | None = None
 
     def renew(self) -> None:
-        """Makes a new endpoint in place of the peer's that was lost."""
-        self.engine.close_peer(self.endpoint.peer)
+        """Makes a new endpoint in place of the peer's that was lost, or should have been."""
+        self.close_peer()
+        self._closed = True
+        if self._thread is not None:
+            self._thread.join()
         self.endpoint = self.engine.create_endpoint("victim")
         self._restart()
 

@@ -44,6 +44,7 @@ bool TransferQueue::post_slices(Backend& backend, Transfer& transfer) {
   const std::size_t left = transfer.slices->size() - transfer.posted;
   const std::size_t offered = std::min(room, left);
   if (offered == 0) return false;
+  transfer.posted_at = Clock::now();
   const Posted posted = backend.post_writes(
       peer_, transfer.id, std::span(*transfer.slices).subspan(transfer.posted, offered),
       offered == left ? transfer.imm : std::nullopt);
@@ -51,9 +52,7 @@ bool TransferQueue::post_slices(Backend& backend, Transfer& transfer) {
   transfer.posted += posted.slices;
   in_flight_ += posted.slices;
   slices_posted_ += posted.slices;
-  if (transfer.posted < transfer.slices->size()) return false;
-  transfer.posted_at = Clock::now();
-  return true;
+  return transfer.posted == transfer.slices->size();
 }
 
 std::shared_ptr<const Transfer> TransferQueue::landed(TransferId id, std::size_t slices) {

@@ -22,7 +22,7 @@ struct Transfer {
   Slices slices = nullptr;
   std::optional<std::uint32_t> imm = {};  ///< Signal behind the last slice.
   std::size_t posted = 0;
-  Clock::time_point posted_at = {};  ///< When the last slice was.
+  Clock::time_point posted_at = {};  ///< When the call began that posted the last slice.
   std::size_t landed = 0;
 };
 

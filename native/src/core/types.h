@@ -48,7 +48,7 @@ struct Event {
   PeerId peer = 0;
   TransferId id = 0;
   std::int64_t time_ns = 0;    ///< When the engine saw it.
-  std::int64_t posted_ns = 0;  ///< kTransferDone: when its last slice went to the backend.
+  std::int64_t posted_ns = 0;  ///< kTransferDone: when the backend was given its last slice.
   std::uint32_t imm = 0;
   Bytes data = {};
   std::string reason = {};

@@ -36,6 +36,44 @@ RailAddress decode_address(ByteReader& reader) {
   return address;
 }
 
+std::vector<RailEndpoint> decode_rails(std::string_view bytes) {
+  ByteReader reader(bytes);
+  if (const auto version = reader.get<std::uint8_t>("version"); version != kVersion) {
+    throw FormatError("of verbs version " + std::to_string(version) + "; this engine speaks " +
+                      std::to_string(kVersion));
+  }
+  std::vector<RailEndpoint> rails(reader.get<std::uint8_t>("number of rails"));
+  for (RailEndpoint& rail : rails) {
+    rail.address = decode_address(reader);
+    rail.qps.resize(reader.get<std::uint8_t>("number of QPs"));
+    if (rail.qps.empty()) throw FormatError("with a rail that has no QPs");
+    for (QpAddress& qp : rail.qps) {
+      qp.number = reader.get<std::uint32_t>("QP number");
+      qp.psn = reader.get<std::uint32_t>("PSN");
+    }
+  }
+  reader.expect_end();
+  return rails;
+}
+
+void decode_region(const RemoteMemory& memory, RegionId region, std::uint64_t block_size,
+                   std::vector<KeysByRegion>& by_rail) {
+  ByteReader reader(memory.blob);
+  const auto rails = reader.get<std::uint8_t>("number of rails");
+  if (rails != by_rail.size()) {
+    throw FormatError("for " + std::to_string(rails) + " rails; the endpoint has " +
+                      std::to_string(by_rail.size()));
+  }
+  for (KeysByRegion& keys : by_rail) {
+    const RegionKeys& of_region = keys[region] = RegionKeys::decode(reader, memory.range);
+    if (of_region.keys.size() > 1 && of_region.chunk_bytes < block_size) {
+      throw FormatError("registered in chunks of " + std::to_string(of_region.chunk_bytes) +
+                        " bytes; set block_size to at most that on both sides");
+    }
+  }
+  reader.expect_end();
+}
+
 }  // namespace
 
 Bytes encode_endpoint(const std::vector<RailEndpoint>& rails) {
@@ -54,22 +92,25 @@ Bytes encode_endpoint(const std::vector<RailEndpoint>& rails) {
 }
 
 std::vector<RailEndpoint> decode_endpoint(std::string_view bytes) {
-  ByteReader reader(bytes);
-  if (const auto version = reader.get<std::uint8_t>("version"); version != kVersion) {
-    throw FormatError("of verbs version " + std::to_string(version) + "; this engine speaks " +
-                      std::to_string(kVersion));
+  try {
+    return decode_rails(bytes);
+  } catch (const FormatError& error) {
+    throw FormatError(std::string("connect(): the endpoint's RDMA address is ") + error.what());
   }
-  std::vector<RailEndpoint> rails(reader.get<std::uint8_t>("number of rails"));
-  for (RailEndpoint& rail : rails) {
-    rail.address = decode_address(reader);
-    rail.qps.resize(reader.get<std::uint8_t>("number of QPs"));
-    for (QpAddress& qp : rail.qps) {
-      qp.number = reader.get<std::uint32_t>("QP number");
-      qp.psn = reader.get<std::uint32_t>("PSN");
+}
+
+std::vector<KeysByRegion> decode_memory(const std::vector<RemoteMemory>& memory, std::size_t rails,
+                                        std::uint64_t block_size) {
+  std::vector<KeysByRegion> by_rail(rails);
+  for (RegionId region = 0; region < memory.size(); ++region) {
+    try {
+      decode_region(memory[region], region, block_size, by_rail);
+    } catch (const FormatError& error) {
+      throw FormatError("connect(): memory descriptor " + std::to_string(region) + " is " +
+                        error.what());
     }
   }
-  reader.expect_end();
-  return rails;
+  return by_rail;
 }
 
 }  // namespace rkv::verbs

@@ -4,9 +4,11 @@
 #include <string_view>
 #include <vector>
 
+#include "core/backend.h"
 #include "core/types.h"
 #include "verbs/queue_pair.h"
 #include "verbs/rail_pairs.h"
+#include "verbs/region_keys.h"
 
 namespace rkv::verbs {
 
@@ -20,5 +22,11 @@ struct RailEndpoint {
 [[nodiscard]] Bytes encode_endpoint(const std::vector<RailEndpoint>& rails);
 /// @throw FormatError naming what is wrong.
 [[nodiscard]] std::vector<RailEndpoint> decode_endpoint(std::string_view bytes);
+
+/// Keys of the peer's memory, by its rail, of which the endpoint has `rails`.
+/// @throw FormatError naming the region and what is wrong: also chunks shorter than the slices that
+/// will be written, of `block_size`, as one would need more WRs than kMaxWrsPerSlice.
+[[nodiscard]] std::vector<KeysByRegion> decode_memory(const std::vector<RemoteMemory>& memory,
+                                                      std::size_t rails, std::uint64_t block_size);
 
 }  // namespace rkv::verbs

@@ -50,7 +50,12 @@ Rail::Rail(const Ibverbs& lib, const std::string& device, std::uint8_t port)
   open(device);
   create_queues();
   free_cqes_ = static_cast<std::uint32_t>(send_cq_->cqe);
-  post_receives(std::min(kSrqDepth, static_cast<std::uint32_t>(limits_.max_srq_wr)));
+  // A CQE each, at most.
+  const std::uint32_t receives =
+      std::min({kSrqDepth, static_cast<std::uint32_t>(limits_.max_srq_wr),
+                static_cast<std::uint32_t>(receive_cq_->cqe)});
+  receive_batch_ = std::min(kSrqBatch, (receives + 1) / 2);
+  post_receives(receives);
 }
 
 void Rail::fail(const char* call, int errnum, const char* remedy) const {
@@ -127,9 +132,9 @@ void Rail::take_completion_events() {
 
 void Rail::recycle_receives(std::uint32_t n) {
   consumed_receives_ += n;
-  while (consumed_receives_ >= kSrqBatch) {
-    post_receives(kSrqBatch);
-    consumed_receives_ -= kSrqBatch;
+  while (consumed_receives_ >= receive_batch_) {
+    post_receives(receive_batch_);
+    consumed_receives_ -= receive_batch_;
   }
 }
 

@@ -13,7 +13,6 @@ namespace rkv::verbs {
 constexpr std::uint32_t kSendCqDepth = 16384;  ///< CQEs; bounds the WRs outstanding on one rail.
 constexpr std::uint32_t kSrqDepth = 4096;      ///< Receives posted for signals of all peers.
 constexpr std::uint32_t kSrqBatch = 64;        ///< Receives reposted with one call.
-static_assert(kSrqBatch * 2 <= kSrqDepth, "a peer must find receives while others are reposted");
 
 /// An opened port and what all QPs on it share: PD, a CQ for sends, a CQ and an SRQ for signals,
 /// one completion channel. Progress thread only, but for construction and what is const.
@@ -75,6 +74,7 @@ class Rail {
   ibv_device_attr limits_{};
   ibv_port_attr port_attributes_{};
   std::uint32_t free_cqes_ = 0;
+  std::uint32_t receive_batch_ = 1;  // at most half of all: a peer must find some meanwhile
   std::uint32_t consumed_receives_ = 0;
   bool armed_ = false;
 };

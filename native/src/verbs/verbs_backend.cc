@@ -153,17 +153,7 @@ RailAddress VerbsBackend::own_address(std::size_t rail) const {
 void VerbsBackend::connect(PeerId id, PeerLink link) {
   Peer& peer = peers_.at(id);
   const std::vector<RailEndpoint> remote = decode_endpoint(link.blob);
-  peer.remote_keys.resize(remote.size());
-  for (RegionId region = 0; region < link.memory.size(); ++region) {
-    ByteReader reader(link.memory[region].blob);
-    if (reader.get<std::uint8_t>("number of rails") != remote.size()) {
-      throw FormatError("connect(): a memory descriptor is for other rails than the endpoint");
-    }
-    for (KeysByRegion& keys : peer.remote_keys) {
-      keys[region] = RegionKeys::decode(reader, link.memory[region].range);
-    }
-    reader.expect_end();
-  }
+  peer.remote_keys = decode_memory(link.memory, remote.size(), block_size_);
   connect_rails(peer, remote);
 }
 
@@ -186,6 +176,7 @@ void VerbsBackend::connect_rails(Peer& peer, const std::vector<RailEndpoint>& re
       channel.path_text = " to " + address_text(remote_addresses[other]);
       channel.qp.connect(remote[other].qps[remote_used[other]++],
                          path_to(own, remote_addresses[other]));
+      channel.remote_rail = other;
       channel.remote_keys = &peer.remote_keys[other];
       more = true;
     }

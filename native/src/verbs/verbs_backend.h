@@ -77,6 +77,7 @@ class VerbsBackend final : public Backend {
     std::size_t rail;
     QueuePair qp;
     SendQueue queue;
+    std::size_t remote_rail = 0;
     std::string path_text = {};
     const KeysByRegion* remote_keys = nullptr;
     std::deque<Signal> signals = {};  ///< Arrived; wait for their like on other channels.
@@ -112,7 +113,7 @@ class VerbsBackend final : public Backend {
   // Data path.
   [[nodiscard]] Channel* next_channel(Peer& peer) const;
   [[nodiscard]] ChainLimits limits_of(const Channel& channel, std::uint64_t nbytes) const;
-  [[nodiscard]] bool has_room(const Channel& channel) const;
+  [[nodiscard]] bool has_room(const Channel& channel, std::uint32_t wrs) const;
   [[nodiscard]] static bool suffices_for_signal(const Peer& peer, const Channel& channel);
   void post(Channel& channel, const Chain& chain, ibv_send_wr* wrs);
   void post_empty(Channel& channel, Chain::Kind kind, ibv_wr_opcode opcode, std::uint32_t imm);

@@ -84,13 +84,13 @@ ChainLimits VerbsBackend::limits_of(const Channel& channel, std::uint64_t nbytes
       .inline_bytes = channel.qp.max_inline_bytes()};
 }
 
-/// Whether a signal on `channel` alone comes after every earlier write and signal. What the same
-/// NIC has acknowledged is ahead of its next CQE on the way to memory; of another NIC that cannot
-/// be said, so that one has to signal too.
+/// Whether a signal on `channel` alone comes after every earlier write and signal. What the peer's
+/// NIC has acknowledged is ahead of its next CQE on the way to memory; of another NIC there that
+/// cannot be said, so that one has to signal too.
 bool VerbsBackend::suffices_for_signal(const Peer& peer, const Channel& channel) {
   return std::all_of(peer.channels.begin(), peer.channels.end(), [&](const auto& other) {
     return other.get() == &channel ||
-           (other->queue.idle() && (other->rail == channel.rail || !other->dirty));
+           (other->queue.idle() && (other->remote_rail == channel.remote_rail || !other->dirty));
   });
 }
 
@@ -124,14 +124,16 @@ bool VerbsBackend::post_signal(PeerId id, std::uint32_t imm) {
   if (peer.failed) return false;
   for (const auto& channel : peer.channels) {
     if (suffices_for_signal(peer, *channel)) {
-      if (!has_room(*channel)) return false;
+      if (!has_room(*channel, 1)) return false;
       channel->dirty = true;
       post_empty(*channel, Chain::Kind::kSignal, IBV_WR_RDMA_WRITE_WITH_IMM, imm);
       return true;
     }
   }
+  // They may share a rail, and so a CQ.
+  const auto n = static_cast<std::uint32_t>(peer.channels.size());
   const bool room = std::all_of(peer.channels.begin(), peer.channels.end(),
-                                [this](const auto& channel) { return has_room(*channel); });
+                                [&](const auto& channel) { return has_room(*channel, n); });
   if (!room) return false;
   for (const auto& channel : peer.channels) {
     channel->dirty = false;
@@ -140,8 +142,9 @@ bool VerbsBackend::post_signal(PeerId id, std::uint32_t imm) {
   return true;
 }
 
-bool VerbsBackend::has_room(const Channel& channel) const {
-  return channel.queue.free_wrs() > 0 && rails_[channel.rail]->free_cqes() > 0;
+/// For one WR, and for `wrs` on the rail.
+bool VerbsBackend::has_room(const Channel& channel, std::uint32_t wrs) const {
+  return channel.queue.free_wrs() > 0 && rails_[channel.rail]->free_cqes() >= wrs;
 }
 
 void VerbsBackend::probe(PeerId id) {
@@ -150,7 +153,7 @@ void VerbsBackend::probe(PeerId id) {
   for (const auto& channel : peer.channels) {
     if (peer.failed) return;
     if (channel->queue.idle()) {
-      if (!has_room(*channel)) continue;
+      if (!has_room(*channel, 1)) continue;
       ++counters_.probes;
       // Of zero bytes, so that no key is checked (C9-88): it only asks whether the QP answers.
       post_empty(*channel, Chain::Kind::kProbe, IBV_WR_RDMA_WRITE, 0);
