@@ -44,6 +44,7 @@ struct FakeConfig {
   FakeOptions options = {};
   std::array<std::size_t, 2> rails = {1, 1};
   FakeDeviceOptions device = {};
+  bool routed = false;  ///< Every device is in an InfiniBand subnet of its own.
 };
 
 std::vector<EngineParam> fake_configs() {
@@ -71,9 +72,15 @@ std::vector<EngineParam> fake_configs() {
            {.name = "infiniband",
             .options = deferred(8),
             .device = {.link_layer = IBV_LINK_LAYER_INFINIBAND}},
+           {.name = "infiniband_routed",
+            .options = deferred(9),
+            .device = {.link_layer = IBV_LINK_LAYER_INFINIBAND},
+            .routed = true},
        }) {
-    const FakeOptions options =
-        verbs::fake_fabric(row.rails[0] + row.rails[1], row.options, row.device);
+    FakeOptions options = verbs::fake_fabric(row.rails[0] + row.rails[1], row.options, row.device);
+    for (std::uint8_t i = 0; row.routed && i < options.devices.size(); ++i) {
+      options.devices[i].gids[0].raw[7] = i;  // the end of the subnet prefix
+    }
     params.push_back({row.name, row.config, [options, rails = row.rails] {
                         return std::make_unique<FakeNetwork>(options, rails);
                       }});
@@ -100,10 +107,9 @@ class VerbsEngineFault : public testing::Test {
     EXPECT_THROW((void)rows_.write(a_), std::runtime_error);
   }
 
-  const EngineConfig config_{.block_size = 65536, .peer_timeout_s = 1.0};
-  FakeNetwork network_{verbs::fake_fabric(2, {.retry_scale = 0.1}), {1, 1}};
-  Side a_{1, config_, network_, 1 << 20};
-  Side b_{2, config_, network_, 1 << 20};
+  FakeNetwork network_{verbs::fake_fabric(2), {1, 1}};
+  Side a_{1, {.block_size = 65536, .peer_timeout_s = 1.0}, network_, 1 << 20};
+  Side b_{2, {.peer_timeout_s = 3.0}, network_, 1 << 20};  // is not the first to notice
   Columns rows_;
 };
 

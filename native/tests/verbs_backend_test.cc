@@ -219,6 +219,18 @@ TEST(VerbsLife, PeersWithShortChunksAreRefused) {
   EXPECT_THROW(a.backend.connect(1, link_to(b, endpoint)), FormatError);
 }
 
+TEST(VerbsLife, CpusAreThoseNearTheFirstPort) {
+  const FakeFabric fabric(fake_fabric(1));
+  Choice choice = choose_fakes(fabric, {"rxe0"});
+  const auto cpus = [&](const char* list) {
+    choice.ports[0].port.local_cpus = list;
+    return VerbsBackend({}, FakeFabric::table(), choice).cpus();
+  };
+  EXPECT_EQ(cpus("0-2,8"), (std::vector<std::size_t>{0, 1, 2, 8}));
+  EXPECT_TRUE(cpus("").empty());
+  EXPECT_TRUE(cpus("all").empty());
+}
+
 TEST(VerbsLife, QpsBeyondThePeersGo) {
   FakeFabric fabric(fake_fabric(2));
   BackendNode a(fabric, {"rxe0"}, {.qps_per_peer = 4});

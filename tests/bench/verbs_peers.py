@@ -70,7 +70,7 @@ class NixlPeer:
         }
 
     def __init__(self, region: Region, device: Device, name: str) -> None:
-        api = import_module("nixl._api")
+        api = import_module("nixl_cu12._api")  # nixl itself imports torch to ask for CUDA's version
         config = api.nixl_agent_config(enable_prog_thread=False, backends=["UCX"])
         self.agent = api.nixl_agent(name, config)
         area = [(region.ctypes.data, region.nbytes, 0, "")]

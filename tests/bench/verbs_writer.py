@@ -13,6 +13,7 @@ import json
 import mmap
 import multiprocessing
 import os
+import select
 import sys
 import time
 from importlib.metadata import version
@@ -26,14 +27,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from tests.bench.verbs_peers import PEERS, Device, Rows
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from multiprocessing.connection import Connection
 
     from tests.bench.verbs_peers import Peer, Region
 
 REGION_BYTES = 256 << 20
-#: How often the passive end looks after its connections: NIXL sets them up only from calls.
-ATTENTION_S = 0.02
+#: How often both ends look after their connections: NIXL sets up and keeps them only in calls.
+ATTENTION_S = 0.05
 
 
 def scatter(source: Region, target: Region, nbytes: int, count: int) -> Rows:
@@ -108,6 +109,18 @@ def serve(pipe: Connection, region: Region, make: Callable[[Region, str], Peer])
         peer.attend()
 
 
+def orders(attend: Callable[[], None]) -> Iterator[str]:
+    """The lines of stdin."""
+    with open(0, "rb", buffering=0) as file:  # unbuffered, so that select() sees every line
+        while True:
+            while not select.select([file], [], [], ATTENTION_S)[0]:
+                attend()
+            line = file.readline()
+            if not line:
+                return
+            yield line.decode()
+
+
 def main() -> None:
     """Reads orders to their end."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
@@ -116,7 +129,7 @@ def main() -> None:
     device = Device(sys.argv[2], int(sys.argv[3]), sys.argv[4])
     writer = Writer(lambda region, name: kind(region, device, name))
     answers.write(json.dumps({"version": version(kind.DISTRIBUTION)}) + "\n")
-    for line in sys.stdin:
+    for line in orders(writer.peer.attend):
         verb, nbytes, count = line.split()
         if verb != "write":
             raise ValueError(f"no order {verb!r}")

@@ -85,12 +85,14 @@ class Stage:
         `victim` is given where it lives on, after `revive`.
         """
         start = time.monotonic()
-        fault()
-        report = self._report(self.survivor)
-        seconds = time.monotonic() - start
+        try:
+            fault()
+            report = self._report(self.survivor)
+            seconds = time.monotonic() - start
+        finally:
+            if revive is not None:
+                revive()
         problems = list(report.wrong)
-        if revive is not None:
-            revive()
         if victim is not None:
             problems += self._report(victim).wrong
         time.sleep(SETTLE_S)

@@ -29,6 +29,7 @@ void EventLoop::post(Command command) {
   {
     const std::lock_guard lock(mutex_);
     commands_.push_back(std::move(command));
+    has_commands_.store(true, std::memory_order_release);
     // One ring is enough: whoever posts next finds sleeping_ false.
     asleep = std::exchange(sleeping_, false);
   }
@@ -89,10 +90,11 @@ void EventLoop::dispatch(std::uint64_t serial, std::uint32_t epoll_events) {
 }
 
 bool EventLoop::run_commands() {
+  if (!has_commands_.load(std::memory_order_acquire)) return false;
   {
     const std::lock_guard lock(mutex_);
-    if (commands_.empty()) return false;
     running_.swap(commands_);
+    has_commands_.store(false, std::memory_order_relaxed);
   }
   for (Command& command : running_) command();
   running_.clear();

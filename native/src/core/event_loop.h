@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <atomic>
 #include <chrono>
 #include <cstdint>
 #include <functional>
@@ -57,7 +58,8 @@ class EventLoop {
   std::vector<Command> running_;
   std::uint64_t wakeups_ = 0;
 
-  std::mutex mutex_;  // guards the two below
+  std::atomic<bool> has_commands_ = false;  // so that a busy poller takes no lock to find none
+  std::mutex mutex_;                        // guards the two below
   std::vector<Command> commands_;
   bool sleeping_ = false;
 };

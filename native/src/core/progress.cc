@@ -74,7 +74,7 @@ void Progress::run() {
                  : loop_.run_once(poll_only ? std::chrono::milliseconds(0) : until_tick(now));
     active |= post_queued();
     active |= handle_completions();
-    tick(Clock::now());
+    tick(now);
   }
 }
 
@@ -96,14 +96,14 @@ void Progress::move_to_cpus() const {
 }
 
 bool Progress::post_queued() {
-  const Clock::time_point start = Clock::now();
   bool posted = false;
   for (auto& [id, connection] : connections_) {
-    if (connection->state == Connection::State::kConnected) {
-      posted |= connection->queue.post(*backend_);
-    }
+    if (connection->state != Connection::State::kConnected || connection->queue.empty()) continue;
+    const Clock::time_point start = Clock::now();
+    if (!connection->queue.post(*backend_)) continue;
+    counters_.posting += Clock::now() - start;
+    posted = true;
   }
-  if (posted) counters_.posting += Clock::now() - start;
   return posted;
 }
 

@@ -46,6 +46,8 @@ class TransferQueue {
   /// Forgets everything. @return the transfers that did not complete, oldest first.
   [[nodiscard]] std::vector<TransferId> abandon();
 
+  /// Whether everything is posted.
+  [[nodiscard]] bool empty() const { return queue_.empty(); }
   [[nodiscard]] bool reads_from(RegionId region) const;
   [[nodiscard]] std::size_t in_flight() const { return in_flight_; }
   [[nodiscard]] std::size_t outstanding() const { return outstanding_.size(); }
