@@ -19,7 +19,7 @@ struct Rails {
                  const Ibverbs& lib = FakeFabric::table())
       : fabric(options) {
     for (const FakeDeviceOptions& device : options.devices) {
-      rails.push_back(std::make_unique<Rail>(lib, device.name, std::uint8_t{1}));
+      rails.push_back(std::make_shared<Rail>(lib, device.name, std::uint8_t{1}));
     }
     objects = fabric.live_objects();
   }
@@ -34,7 +34,7 @@ struct Rails {
   }
 
   FakeFabric fabric;
-  std::vector<std::unique_ptr<Rail>> rails;
+  std::vector<std::shared_ptr<Rail>> rails;
   PinnedBytes pinned = 0;
   std::size_t objects;
 };

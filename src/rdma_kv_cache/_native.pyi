@@ -173,8 +173,18 @@ class Event:
     def peer(self) -> int:
         ...
     @property
+    def posted_ns(self) -> int:
+        """
+        TRANSFER_DONE: when its last slice was posted, as time.monotonic_ns().
+        """
+    @property
     def reason(self) -> str:
         ...
+    @property
+    def time_ns(self) -> int:
+        """
+        When the engine saw it, as time.monotonic_ns().
+        """
 class BackendInfo:
     """
     Whether a backend can be used on this host.

@@ -125,6 +125,7 @@ class MooncakePeer:
         return {
             "MC_GID_INDEX": str(device.gid_index),
             "MC_WORKERS_PER_CTX": "1",
+            "MC_TRANSFER_TIMEOUT": str(int(TIMEOUT_S)),
             "MC_LOG_LEVEL": "WARNING",
         }
 

@@ -98,10 +98,12 @@ def source_deregistered(stage: Stage) -> Outcome:
     guests = stage.lab.guests
 
     def deregister() -> None:
-        guests.stop(0)  # so that writes are surely outstanding
-        time.sleep(FILL_S)
-        victim.call("fence_memory")
-        guests.cont(0)
+        guests.link(1, on=False)  # so that writes are surely outstanding
+        try:
+            time.sleep(FILL_S)
+            victim.call("fence_memory")
+        finally:
+            guests.link(1, on=True)
 
     outcome = stage.lose(deregister, victim)
     victim.end()

@@ -258,9 +258,10 @@ std::string Choice::text() const {
   for (const ChosenPort& chosen : ports) {
     const Port& port = chosen.port;
     const std::string pci = port.pci_address();
-    add_line(port.name() + " (" + link_layer_name(port.link_layer) + ", " + rate_text(port) + ", " +
-             (pci.empty() ? "software" : pci + ", NUMA node " + std::to_string(port.pci.numa_node)) +
-             "): " + chosen.why);
+    add_line(
+        port.name() + " (" + link_layer_name(port.link_layer) + ", " + rate_text(port) + ", " +
+        (pci.empty() ? "software" : pci + ", NUMA node " + std::to_string(port.pci.numa_node)) +
+        "): " + chosen.why);
   }
   for (const std::string& reason : rejected) add_line("not used: " + reason);
   return text;

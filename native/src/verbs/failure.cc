@@ -10,7 +10,7 @@ std::string_view name_of(Chain::Kind kind) {
     case Chain::Kind::kWrites:
       return "WRITE";
     case Chain::Kind::kSignal:
-      return "signal (SEND_WITH_IMM)";
+      return "signal";
     case Chain::Kind::kProbe:
       return "keep-alive (empty WRITE)";
   }

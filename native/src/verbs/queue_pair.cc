@@ -114,6 +114,13 @@ void QueuePair::connect(const QpAddress& remote, const Path& path) {
          "RTR to RTS", "see the kernel log");
 }
 
+void QueuePair::stop() {
+  ibv_qp_attr attributes{};
+  attributes.qp_state = IBV_QPS_ERR;
+  // A refusal means that the device is gone, and packets with it.
+  (void)rail_->lib().modify_qp(qp_.get(), &attributes, IBV_QP_STATE);
+}
+
 void QueuePair::post(ibv_send_wr* chain) {
   ibv_send_wr* bad = nullptr;
   if (const int error = ibv_post_send(qp_.get(), chain, &bad)) {

@@ -56,6 +56,10 @@ class QueuePair {
 
   void connect(const QpAddress& remote, const Path& path);
 
+  /// To the error state: from now on it drops every packet that arrives, and what was posted is
+  /// flushed. Quick, unlike the destructor.
+  void stop();
+
   /// Posts a chain with one doorbell.
   void post(ibv_send_wr* chain);
 

@@ -51,7 +51,7 @@ Handle<ibv_mr> register_chunk(const Rail& rail, const MemoryRange& chunk, unsign
   return {mr, Release{&lib}};
 }
 
-std::uint64_t common_chunk_bytes(const std::vector<std::unique_ptr<Rail>>& rails) {
+std::uint64_t common_chunk_bytes(const std::vector<std::shared_ptr<Rail>>& rails) {
   std::uint64_t nbytes = UINT64_MAX;
   for (const auto& rail : rails) nbytes = std::min(nbytes, rail->limits().max_mr_size);
   return nbytes > kHugePageBytes ? nbytes - nbytes % kHugePageBytes : nbytes;
@@ -67,7 +67,7 @@ void check_memlock(std::uint64_t nbytes, std::uint64_t pinned, std::uint64_t lim
                            std::to_string(pinned) + "; " + kMemlockRemedy);
 }
 
-Registration::Registration(const std::vector<std::unique_ptr<Rail>>& rails,
+Registration::Registration(const std::vector<std::shared_ptr<Rail>>& rails,
                            const MemoryRange& range, const MemoryUse& use,
                            std::uint64_t min_chunk_bytes, PinnedBytes& pinned)
     : range_(range),

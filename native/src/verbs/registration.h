@@ -20,7 +20,7 @@ class Registration final : public PinnedMemory {
  public:
   /// @throw std::runtime_error with call, errno and remedy; when the memlock limit is too small,
   /// before the kernel is asked. std::invalid_argument for memory that verbs cannot reach.
-  Registration(const std::vector<std::unique_ptr<Rail>>& rails, const MemoryRange& range,
+  Registration(const std::vector<std::shared_ptr<Rail>>& rails, const MemoryRange& range,
                const MemoryUse& use, std::uint64_t min_chunk_bytes, PinnedBytes& pinned);
   ~Registration() override;
 

@@ -10,6 +10,7 @@
 #include <limits>
 #include <sstream>
 #include <stdexcept>
+#include <thread>
 #include <utility>
 
 #include "core/error.h"
@@ -23,6 +24,8 @@ constexpr std::uint32_t kMaxSendWrs = 4096;  ///< More needs megabytes a QP and 
 static_assert(2 * kMaxChainWrs <= kMinSendWrs, "one chain must be built while another is sent");
 static_assert(kMaxSendWrs <= kSendCqDepth, "one QP must be able to fill its send queue");
 
+/// Usually it takes less than a millisecond; heartbeats must not wait longer than this.
+constexpr std::chrono::milliseconds kDestroyPatience{100};
 /// After activity the thread polls this long before it sleeps.
 constexpr std::chrono::microseconds kSpin{50};
 constexpr int kSubnetPrefixBytes = 8;  ///< Of an InfiniBand GID.
@@ -61,7 +64,7 @@ VerbsBackend::VerbsBackend(const EngineConfig& config, const Ibverbs& lib, Choic
       rail_states_(choice_.ports.size()) {
   std::uint32_t device_wrs = kMaxSendWrs;
   for (const ChosenPort& chosen : choice_.ports) {
-    rails_.push_back(std::make_unique<Rail>(lib_, chosen.port.device,
+    rails_.push_back(std::make_shared<Rail>(lib_, chosen.port.device,
                                             static_cast<std::uint8_t>(chosen.port.number)));
     device_wrs =
         std::min(device_wrs, static_cast<std::uint32_t>(rails_.back()->limits().max_qp_wr));
@@ -130,6 +133,8 @@ Bytes VerbsBackend::create_endpoint(PeerId id) {
     endpoints.push_back(std::move(endpoint));
   }
   peer.blob = encode_endpoint(endpoints);
+  // Of an earlier QP with one of these numbers there may still be CQEs.
+  for (std::size_t rail = 0; rail < rails_.size(); ++rail) drain(rail, kDrainAll);
   for (const auto& channel : peer.channels) {
     by_serial_[channel->serial] = channel.get();
     rail_states_[channel->rail].by_qp_number[channel->qp.address().number] = channel.get();
@@ -217,27 +222,41 @@ void VerbsBackend::close_peer(PeerId id) {
   std::erase_if(completions_, [id](const Completion& done) { return done.peer == id; });
 }
 
-/// The fence: a destroyed QP accepts no packet and reads no memory. Its CQEs may stay in the CQ
-/// (they do on Soft-RoCE), so both CQs are emptied before its share of them is given back and a new
-/// QP may get its number.
+/// The fence: a stopped QP accepts no packet, a destroyed one reads no memory either. Destroying
+/// may take as long as packets of it are stuck on the way out (Soft-RoCE and a peer that stopped
+/// receiving: for ever), so it has a thread of its own, for which this waits a little.
 void VerbsBackend::destroy_channels(std::vector<std::unique_ptr<Channel>> channels) {
-  struct Freed {
-    bool any = false;
-    std::uint32_t wrs = 0;
-  };
-  std::vector<Freed> freed(rails_.size());
-  for (auto& channel : channels) {
+  if (channels.empty()) return;
+  Reap reap{.wrs = std::vector<std::uint32_t>(rails_.size())};
+  for (const auto& channel : channels) {
+    channel->qp.stop();
     by_serial_.erase(channel->serial);
     rail_states_[channel->rail].by_qp_number.erase(channel->qp.address().number);
-    freed[channel->rail].any = true;
-    freed[channel->rail].wrs += channel->queue.outstanding_wrs();
-    channel.reset();
+    reap.wrs[channel->rail] += channel->queue.outstanding_wrs();
   }
-  for (std::size_t rail = 0; rail < rails_.size(); ++rail) {
-    if (!freed[rail].any) continue;
-    drain(rail, kDrainAll);
-    rails_[rail]->return_cqes(freed[rail].wrs);
-  }
+  // The rails stay for as long as QPs are on them, even if the backend goes first.
+  std::packaged_task<void()> destroy([rails = rails_, doomed = std::move(channels)]() mutable {
+    doomed.clear();
+    rails.clear();
+  });
+  reap.done = destroy.get_future();
+  std::thread(std::move(destroy)).detach();
+  reap.done.wait_for(kDestroyPatience);
+  reaps_.push_back(std::move(reap));
+  collect_reaped();
+}
+
+/// Gives back what destroyed QPs held. Their CQEs may still be in the CQs (they stay on Soft-RoCE),
+/// so these are emptied first.
+void VerbsBackend::collect_reaped() {
+  std::erase_if(reaps_, [this](const Reap& reap) {
+    if (reap.done.wait_for(std::chrono::seconds(0)) != std::future_status::ready) return false;
+    for (std::size_t rail = 0; rail < rails_.size(); ++rail) {
+      drain(rail, kDrainAll);
+      rails_[rail]->return_cqes(reap.wrs[rail]);
+    }
+    return true;
+  });
 }
 
 void VerbsBackend::take_async_events(std::size_t rail) {

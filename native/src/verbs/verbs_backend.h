@@ -4,6 +4,7 @@
 #include <array>
 #include <cstdint>
 #include <deque>
+#include <future>
 #include <memory>
 #include <optional>
 #include <string>
@@ -99,11 +100,18 @@ class VerbsBackend final : public Backend {
     bool port_down = false;
   };
 
+  /// QPs that are being destroyed.
+  struct Reap {
+    std::future<void> done = {};
+    std::vector<std::uint32_t> wrs = {};  ///< Places in the send CQs that they hold, by rail.
+  };
+
   // Set-up and tear-down.
   [[nodiscard]] RailAddress own_address(std::size_t rail) const;
   [[nodiscard]] Path path_to(std::size_t rail, const RailAddress& remote) const;
   void connect_rails(Peer& peer, const std::vector<RailEndpoint>& remote);
   void destroy_channels(std::vector<std::unique_ptr<Channel>> channels);
+  void collect_reaped();
   void take_async_events(std::size_t rail);
   void on_async_event(std::size_t rail, const ibv_async_event& event);
   [[nodiscard]] std::string channel_text(const Channel& channel) const;
@@ -131,7 +139,7 @@ class VerbsBackend final : public Backend {
   const std::uint8_t traffic_class_;
   const std::uint8_t service_level_;
   PinnedBytes pinned_ = 0;
-  std::vector<std::unique_ptr<Rail>> rails_;  // before all that lives on them
+  std::vector<std::shared_ptr<Rail>> rails_;  // before all that lives on them
   std::size_t qps_per_rail_ = 0;
   std::uint32_t send_wrs_ = 0;  // of one QP
 
@@ -142,6 +150,7 @@ class VerbsBackend final : public Backend {
   std::uint32_t next_serial_ = 1;
   std::unordered_map<PeerId, Peer> peers_;
   ChainBuilder builder_;
+  std::vector<Reap> reaps_;
   std::vector<Completion> completions_;
   Clock::time_point now_;  // of the completions being handled
 

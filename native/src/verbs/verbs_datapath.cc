@@ -166,6 +166,7 @@ void VerbsBackend::probe(PeerId id) {
 }
 
 bool VerbsBackend::progress(std::vector<Completion>& completions) {
+  if (!reaps_.empty()) collect_reaped();
   for (std::size_t rail = 0; rail < rails_.size(); ++rail) drain(rail, kMaxPollRounds);
   const bool moved = !completions_.empty();
   std::move(completions_.begin(), completions_.end(), std::back_inserter(completions));
