@@ -8,7 +8,7 @@ SANITIZERS := address,undefined thread
 BINDINGS = -DPython_EXECUTABLE=$(abspath $(BIN))/python -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)
 
 .PHONY: help setup demo test unit verbs e2e lint native-test stubs clean
-.PHONY: bench-engine bench-pd bench-verbs bench-posting faults-verbs cycles-verbs
+.PHONY: bench-engine bench-pd bench-verbs bench-posting faults-verbs cycles-verbs e2e-verbs
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "%-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -56,9 +56,34 @@ bench-engine: bench-peers  ## the native engine beside memcpy, raw TCP and NIXL
 bench-pd: bench-peers  ## time to first token: one engine, vLLM's NixlConnector, ours
 	$(BIN)/python tests/bench/bench_pd.py
 
+bench-verbs: bench-peers bench-programs  ## the verbs engine beside perftest, NIXL and Mooncake, in a Soft-RoCE guest
+	$(BIN)/python -m tests.guest -m 3000 -t 3000 -- \
+	  env PYTHONUNBUFFERED=1 PYTHONPATH=$(abspath build/mooncake) $(abspath $(BIN))/python \
+	  tests/bench/bench_verbs.py --native $(abspath build/bench/bench/rkv_verbs_bench)
+
+bench-posting: bench-programs  ## nanoseconds a descriptor up to a null NIC, and Python's share
+	$(BIN)/python tests/bench/bench_posting.py build/bench/bench/rkv_posting_bench
+
+faults-verbs: setup  ## every fault 20 times in Soft-RoCE guests, with a table (about 40 minutes)
+	$(BIN)/python -m tests.verbs.faults --runs 20
+
+cycles-verbs: setup  ## 10,000 connect, transfer, close cycles in a guest: memory must stay flat
+	$(BIN)/python -m tests.verbs.cycles --cycles 10000
+
+e2e-verbs: setup  ## the whole product over verbs in a User-Mode Linux guest (about 10 minutes)
+	tests/guest/build_uml.sh
+	$(BIN)/python -m pytest -m 'e2e and verbs'
+
+.PHONY: bench-programs
+bench-programs: setup
+	@$(BIN)/cmake -S native -B build/bench -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
+	  -DRKV_BUILD_BENCH=ON >/dev/null && $(BIN)/cmake --build build/bench
+
 .PHONY: bench-peers
 bench-peers: setup
 	@$(BIN)/pip show -q nixl 2>/dev/null || $(BIN)/pip install -q --no-deps -r env/bench.txt
+	@# Beside the venv: it brings libraries of its own.
+	@[ -d build/mooncake ] || $(BIN)/pip install -q --no-deps -t build/mooncake -r env/bench-mooncake.txt
 
 clean:  ## remove what was built (not .venv, not the model)
 	rm -rf build runs .mypy_cache .ruff_cache .pytest_cache

@@ -305,7 +305,7 @@ rkv::EngineConfig parse(int argc, char** argv) {
 }
 
 int run(int argc, char** argv) {
-  const rkv::EngineConfig config = parse(argc, argv);
+  rkv::EngineConfig config = parse(argc, argv);
   const Region source;
   const Region target;
   int fds[2];
@@ -314,6 +314,10 @@ int run(int argc, char** argv) {
   if (child < 0) fail("fork");
   Pipe pipe(fds[child == 0 ? 1 : 0]);
   close(fds[child == 0 ? 0 : 1]);
+  // Both ends are on this host: one CPU for each poller.
+  if (config.progress_cpu == rkv::EngineConfig::kAuto) {
+    config.progress_cpu = child == 0 ? sysconf(_SC_NPROCESSORS_ONLN) - 1 : 0;
+  }
   if (child == 0) {
     prctl(PR_SET_PDEATHSIG, SIGKILL);
     serve(config, source, target, pipe);

@@ -29,11 +29,11 @@ class FakeNetwork final : public Network {
         config, verbs::FakeFabric::table(),
         verbs::choose_fakes(fabric_, devices_[engine], link_layer_));
   }
-  void expect_clean() const override { verbs::expect_clean(fabric_); }
+  void expect_clean() const override { fabric_.expect_clean(); }
   [[nodiscard]] verbs::FakeFabric& fabric() { return fabric_; }
 
  private:
-  verbs::FakeFabric fabric_;
+  verbs::CleanFabric fabric_;
   verbs::LinkLayer link_layer_;
   std::array<std::vector<std::string>, 2> devices_;
 };

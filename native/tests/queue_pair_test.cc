@@ -63,7 +63,7 @@ struct Ends {
     return "";
   }
 
-  FakeFabric fabric;
+  CleanFabric fabric;
   Rail rail{FakeFabric::table(), "rxe0", 1};
 };
 
@@ -119,7 +119,7 @@ TEST(QueuePair, PostingBeforeConnectIsAnError) {
 }
 
 TEST(Rail, NamesWhatIsMissing) {
-  const FakeFabric fabric(fake_fabric(1));
+  const CleanFabric fabric(fake_fabric(1));
   EXPECT_TRUE(has_words(Ends::error([] { Rail(FakeFabric::table(), "mlx5_9", 1); }),
                         {"mlx5_9:1", "ENODEV", "ibverbs-providers"}));
   EXPECT_TRUE(has_words(Ends::error([] { Rail(FakeFabric::table(), "rxe0", 2); }),

@@ -33,7 +33,7 @@ struct Rails {
     return "";
   }
 
-  FakeFabric fabric;
+  CleanFabric fabric;
   std::vector<std::shared_ptr<Rail>> rails;
   PinnedBytes pinned = 0;
   std::size_t objects;

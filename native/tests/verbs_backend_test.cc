@@ -122,7 +122,7 @@ TEST(VerbsLife, ReachableOnceEveryQpHasAnswered) {
 
 /// Nothing is polled before a peer goes: its CQEs and its slots must come back all the same.
 TEST(VerbsLife, CyclesOnATinyCqLeaveNothingBehind) {
-  FakeFabric fabric(fake_fabric(2, {.reuse_qpns = true}, kTiny));
+  CleanFabric fabric(fake_fabric(2, {.reuse_qpns = true}, kTiny));
   BackendNode a(fabric, {"rxe0"}, {.qps_per_peer = 4}, 64 << 10);
   BackendNode b(fabric, {"rxe1"}, {.qps_per_peer = 4}, 64 << 10);
   const std::size_t objects = fabric.live_objects();
@@ -152,7 +152,7 @@ TEST(VerbsLife, CyclesOnATinyCqLeaveNothingBehind) {
 
 /// Signals of a peer that was closed stay in the CQ under a QPN that its successor has.
 TEST(VerbsLife, StaleCqesDoNotReachTheNextPeer) {
-  FakeFabric fabric(fake_fabric(2, {.reuse_qpns = true}));
+  CleanFabric fabric(fake_fabric(2, {.reuse_qpns = true}));
   BackendNode a(fabric, {"rxe0"});
   BackendNode b(fabric, {"rxe1"});
   connect_nodes(a, b, 1);
@@ -171,7 +171,7 @@ TEST(VerbsLife, StaleCqesDoNotReachTheNextPeer) {
 }
 
 TEST(VerbsLife, FailedRegistrationLeavesNothingBehind) {
-  FakeFabric fabric(fake_fabric(2));
+  CleanFabric fabric(fake_fabric(2));
   BackendNode node(fabric, {"rxe0", "rxe1"});
   const std::size_t objects = fabric.live_objects();
   const std::uint64_t pinned = node.count("pinned_bytes");
@@ -189,7 +189,7 @@ TEST(VerbsLife, FailedRegistrationLeavesNothingBehind) {
 
 /// The first QP is in RTS by the time the second one is refused.
 TEST(VerbsLife, HalfConnectedPeersAreCleanedUp) {
-  FakeFabric fabric(fake_fabric(2));
+  CleanFabric fabric(fake_fabric(2));
   BackendNode a(fabric, {"rxe0"});
   BackendNode b(fabric, {"rxe1"});
   const std::size_t objects = fabric.live_objects();
@@ -207,7 +207,7 @@ TEST(VerbsLife, HalfConnectedPeersAreCleanedUp) {
 
 /// A slice may be cut at one chunk edge of the peer, not at more.
 TEST(VerbsLife, PeersWithShortChunksAreRefused) {
-  FakeFabric fabric([] {
+  CleanFabric fabric([] {
     FakeOptions options = fake_fabric(2);
     options.devices[1].max_mr_size = 64 << 10;
     return options;
@@ -220,7 +220,7 @@ TEST(VerbsLife, PeersWithShortChunksAreRefused) {
 }
 
 TEST(VerbsLife, CpusAreThoseNearTheFirstPort) {
-  const FakeFabric fabric(fake_fabric(1));
+  const CleanFabric fabric(fake_fabric(1));
   Choice choice = choose_fakes(fabric, {"rxe0"});
   const auto cpus = [&](const char* list) {
     choice.ports[0].port.local_cpus = list;
@@ -232,7 +232,7 @@ TEST(VerbsLife, CpusAreThoseNearTheFirstPort) {
 }
 
 TEST(VerbsLife, QpsBeyondThePeersGo) {
-  FakeFabric fabric(fake_fabric(2));
+  CleanFabric fabric(fake_fabric(2));
   BackendNode a(fabric, {"rxe0"}, {.qps_per_peer = 4});
   BackendNode b(fabric, {"rxe1"}, {.qps_per_peer = 1});
   connect_nodes(a, b);
@@ -242,7 +242,7 @@ TEST(VerbsLife, QpsBeyondThePeersGo) {
 }
 
 TEST(VerbsLife, MemoryOfOtherRailsIsRefused) {
-  FakeFabric fabric(fake_fabric(3));
+  CleanFabric fabric(fake_fabric(3));
   BackendNode a(fabric, {"rxe0"});
   BackendNode b(fabric, {"rxe1"});
   BackendNode both(fabric, {"rxe1", "rxe2"});

@@ -3,7 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
-#include <random>
+#include <atomic>
 
 #include "backend_node.h"
 
@@ -92,7 +92,7 @@ TEST(VerbsFault, LinkThatComesBackInTimeCostsNothing) {
 }
 
 TEST(VerbsFault, WriteIntoDeregisteredMemoryBreaksBothEndsOfThatPeerOnly) {
-  FakeFabric fabric(fake_fabric(3));
+  CleanFabric fabric(fake_fabric(3));
   BackendNode a(fabric, {"rxe0"});
   BackendNode b(fabric, {"rxe1"});
   BackendNode c(fabric, {"rxe2"});
@@ -199,6 +199,65 @@ TEST(VerbsFence, NothingLandsInDeregisteredMemory) {
   EXPECT_NE(pair.error_at(pair.a), "");
   EXPECT_NE(pair.error_at(pair.b), "");
   EXPECT_EQ(count(pair.b, 1), static_cast<std::ptrdiff_t>(pair.b.buffer.size()));
+}
+
+std::atomic<bool> stuck = false;
+
+/// As Soft-RoCE does while packets of the QP are stuck on the way out.
+int destroy_when_free(ibv_qp* qp) {
+  while (stuck) std::this_thread::sleep_for(milliseconds(1));
+  return FakeFabric::table().destroy_qp(qp);
+}
+
+Ibverbs slow_to_destroy() {
+  Ibverbs lib = FakeFabric::table();
+  lib.destroy_qp = destroy_when_free;
+  return lib;
+}
+
+const Ibverbs kSlowToDestroy = slow_to_destroy();
+
+TEST(VerbsFence, HoldsWhileQpsCannotBeDestroyed) {
+  CleanFabric fabric(fake_fabric(3, slow(1), {.max_qp_wr = 16, .max_cqe = 64, .max_srq_wr = 128}));
+  BackendNode a(fabric, {"rxe0"});
+  BackendNode b(fabric, {"rxe1"}, {}, 1 << 20, kSlowToDestroy);
+  BackendNode c(fabric, {"rxe2"});
+  connect_nodes(a, b, 1);
+  connect_nodes(b, c, 2);
+  std::fill(a.buffer.begin(), a.buffer.end(), 1);
+  EXPECT_EQ(a.backend.post_writes(1, 1, a.backward_slices(b, 28, kBlock), {}).slices, 28U);
+  EXPECT_EQ(b.backend.post_writes(1, 1, b.backward_slices(a, 28, kBlock), {}).slices, 28U);
+  stuck = true;
+  const Clock::time_point start = Clock::now();
+  b.backend.close_peer(1);
+  EXPECT_LT(Clock::now() - start, std::chrono::seconds(2));  // the progress thread goes on
+  const std::vector<unsigned char> fenced = b.buffer;
+  const std::vector<unsigned char> fenced_at_a = a.buffer;
+  std::fill(b.buffer.begin() + (512 << 10), b.buffer.end(), 0xee);  // no source any more
+  std::this_thread::sleep_for(2 * kMaxDelay);
+  EXPECT_TRUE(std::equal(fenced.begin(), fenced.begin() + (512 << 10), b.buffer.begin()));
+  EXPECT_EQ(a.buffer, fenced_at_a);
+  EXPECT_EQ(b.seen.count(1), 0U);
+  // The CQEs that the stuck QPs may still need are nobody else's: 36 of 64 are left.
+  const auto slices = b.backward_slices(c, 64, 64);
+  EXPECT_EQ(b.backend.post_writes(2, 1, slices, {}).slices, 28U);
+  ASSERT_TRUE(turn_until({&b, &c}, [&] { return b.seen[2].landed[1] == 28; }));
+  stuck = false;
+  EXPECT_TRUE(turn_until({&b}, [&] { return fabric.live_objects() == 3 * 7 + 2 + 4; }));
+}
+
+/// The reaper has what it needs, whatever goes first.
+TEST(VerbsFence, BackendMayGoBeforeItsStuckQps) {
+  CleanFabric fabric(fake_fabric(2));
+  {
+    BackendNode a(fabric, {"rxe0"}, {}, 1 << 20, kSlowToDestroy);
+    BackendNode b(fabric, {"rxe1"});
+    connect_nodes(a, b);
+    stuck = true;
+    a.backend.close_peer(1);
+  }
+  EXPECT_GT(fabric.live_objects(), 0U);
+  stuck = false;
 }
 
 /// Completions that were polled before close_peer() but not handed out yet.

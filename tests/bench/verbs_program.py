@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import selectors
+import signal
 import subprocess
 import tempfile
 from typing import TYPE_CHECKING, Any
@@ -34,8 +35,17 @@ class Program:
             env={**os.environ, **(environment or {})},
             text=True,
             bufsize=1,
+            start_new_session=True,
         )
         self.greeting = self._receive()
+
+    def pause(self) -> None:
+        """Stops all of its processes: an idle NIXL agent polls, and would take others' turns."""
+        os.killpg(self.process.pid, signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Lets them go on."""
+        os.killpg(self.process.pid, signal.SIGCONT)
 
     def ask(self, order: str) -> Any:
         """The answer to an order."""

@@ -6,6 +6,7 @@ set -euo pipefail
 
 CACHE=${GUEST_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/rdma-kv-cache/guest}/uml
 JOBS=${JOBS:-$(nproc)}
+HERE=$(cd "$(dirname "$0")" && pwd)
 
 # rdma_rxe depends on PCI and INFINIBAND. VIRTIO_UML and UML_PCI_OVER_VIRTIO bring PCI, HAS_IOMEM
 # and HAS_DMA; there is no device behind them. boot.sh needs MAGIC_SYSRQ, and that MCONSOLE.
@@ -41,6 +42,18 @@ unpack_source() {
   tar -xf "$(find usr/src -name 'linux-source-*.tar.*')" -C linux --strip-components 1
 }
 
+# What vLLM's processes need; uml_map_around.h says why.
+patch_source() {
+  cp "$HERE/uml_map_around.h" arch/um/kernel/
+  sed -i 's/^\tflush_tlb_page(vma, address);$/\tmap_around(vma, address, is_write);/
+    /^#include <skas.h>$/a #include "uml_map_around.h"' arch/um/kernel/trap.c
+  # vLLM asks /proc/self/status for its memory nodes; cpusets, which fill it in, need SMP.
+  sed -i 's/^\tcpuset_task_status_allowed(m, task);$/\tseq_puts(m, "Mems_allowed_list:\\t0\\n");/' \
+    fs/proc/array.c
+  { grep -q '^.map_around(' arch/um/kernel/trap.c && grep -q Mems_allowed_list fs/proc/array.c; } ||
+    die "this kernel's trap.c or array.c has other lines than Linux 6.1's"
+}
+
 configure() {
   local option
   # Two polling processes cost each other a tick a turn: 1 ms instead of 10.
@@ -71,6 +84,7 @@ mkdir build
 cd build
 unpack_source
 cd linux
+patch_source
 configure
 make -s ARCH=um -j"$JOBS" linux
 mv linux "$CACHE/linux"

@@ -21,6 +21,7 @@ PACKAGE_OF = {
     "qemu-system-x86_64": "qemu-system-x86",
     "rdma": "iproute2",
     "setpriv": "util-linux",
+    "taskset": "util-linux",
     "unshare": "util-linux",
     "zstd": "zstd",
 }

@@ -27,7 +27,7 @@ static_assert(kMaxSendWrs <= kSendCqDepth, "one QP must be able to fill its send
 /// Usually it takes less than a millisecond; heartbeats must not wait longer than this.
 constexpr std::chrono::milliseconds kDestroyPatience{100};
 /// After activity the thread polls this long before it sleeps.
-constexpr std::chrono::microseconds kSpin{50};
+constexpr std::chrono::microseconds kSpin{100};
 constexpr int kSubnetPrefixBytes = 8;  ///< Of an InfiniBand GID.
 constexpr int kDrainAll = std::numeric_limits<int>::max();
 
