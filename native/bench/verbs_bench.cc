@@ -1,138 +1,43 @@
 // SPDX-License-Identifier: Apache-2.0
 /// Two engines in two processes, driven by orders on stdin, one a line:
 ///
-///   write BLOCK BATCH      seconds from write() of a batch of scattered blocks to kTransferDone
-///   pingpong BLOCK ROUNDS  half round trips of a block with its signal, p50 and p99, as the
-///                          application sees them and as the engines do
+///   write BLOCK BATCH REPEATS  seconds from write() of a batch of scattered blocks to
+///                              kTransferDone, one batch after the other
+///   pingpong BLOCK ROUNDS      half round trips of a block with its signal, p50 and p99, as the
+///                              application sees them and as the engines do
 ///
 /// Each is answered by a line of JSON, as is the start. Both regions are shared memory, so the
 /// writing process sees for itself what landed: it compares after the first batch of each shape.
 ///
 /// usage: rkv_verbs_bench [FIELD=VALUE]...   fields of EngineConfig, such as backend=verbs
-#include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/socket.h>
-#include <sys/wait.h>
 #include <unistd.h>
 
 #include <algorithm>
-#include <array>
-#include <cerrno>
 #include <csignal>
 #include <cstdio>
 #include <cstring>
 #include <iostream>
+#include <map>
 #include <numeric>
 #include <random>
-#include <set>
 #include <sstream>
-#include <system_error>
 
-#include "backends/backends.h"
-#include "core/engine.h"
-#include "core/unique_fd.h"
+#include "bench_end.h"
 
 namespace {
 
 using rkv::Clock;
-using rkv::Event;
 using rkv::EventKind;
+using rkv::bench::End;
+using rkv::bench::fail;
+using rkv::bench::kRegionBytes;
+using rkv::bench::Pipe;
+using rkv::bench::Region;
 
-constexpr std::size_t kRegionBytes = std::size_t{256} << 20;
-constexpr std::chrono::seconds kPatience{300};  // 4 GiB at Soft-RoCE's slowest in an emulated guest
-constexpr double kPeerTimeoutS = 60;            // an emulated guest may stand still for seconds
+constexpr double kPeerTimeoutS = 60;  // an emulated guest may stand still for seconds
 constexpr std::size_t kWarmUpRounds = 20;
-
-[[noreturn]] void fail(const char* call) {
-  throw std::system_error(errno, std::generic_category(), call);
-}
-
-/// Shared by both processes, at the same address.
-struct Region {
-  Region()
-      : data(static_cast<unsigned char*>(mmap(nullptr, kRegionBytes, PROT_READ | PROT_WRITE,
-                                              MAP_SHARED | MAP_ANONYMOUS, -1, 0))) {
-    if (data == MAP_FAILED) fail("mmap");
-  }
-  Region(const Region&) = delete;
-  Region& operator=(const Region&) = delete;
-  ~Region() { munmap(data, kRegionBytes); }
-
-  [[nodiscard]] std::int64_t address(std::size_t offset) const {
-    return static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(data) + offset);
-  }
-  [[nodiscard]] rkv::MemoryRange range() const {
-    return {static_cast<std::uint64_t>(address(0)), kRegionBytes};
-  }
-
-  unsigned char* data;
-};
-
-/// To the other process.
-class Pipe {
- public:
-  explicit Pipe(int fd) : fd_(fd) {}
-
-  void send(const rkv::Bytes& message) {
-    if (::send(fd_.get(), message.data(), message.size(), MSG_NOSIGNAL) < 0) fail("send");
-  }
-  /// Empty when the other process has closed its end.
-  [[nodiscard]] rkv::Bytes receive() {
-    rkv::Bytes message(std::size_t{1} << 16, '\0');
-    const ssize_t n = ::recv(fd_.get(), message.data(), message.size(), 0);
-    if (n < 0) fail("recv");
-    message.resize(static_cast<std::size_t>(n));
-    return message;
-  }
-
- private:
-  rkv::UniqueFd fd_;
-};
-
-/// One process's engine, connected to the other's.
-class End {
- public:
-  End(std::uint64_t incarnation, const rkv::EngineConfig& config, const Region& own, Pipe& pipe)
-      : engine(config, incarnation, rkv::create_backend(config)),
-        memory_(engine.register_memory(own.range())),
-        endpoint_(engine.create_endpoint("bench")) {
-    pipe.send(endpoint_.descriptor);
-    pipe.send(memory_.descriptor);
-    const rkv::Bytes descriptor = pipe.receive();
-    engine.connect(endpoint_.peer, descriptor, {pipe.receive()});
-    (void)expect(EventKind::kConnected);
-  }
-
-  [[nodiscard]] rkv::PeerId peer() const { return endpoint_.peer; }
-
-  /// The next event of `kind`; others are dropped.
-  [[nodiscard]] Event expect(EventKind kind) {
-    const Clock::time_point deadline = Clock::now() + kPatience;
-    while (Clock::now() < deadline) {
-      if (!engine.events().wait(std::chrono::seconds(1))) continue;
-      for (Event& event : engine.events().poll(1)) {
-        if (event.kind == EventKind::kTransferDone) posted_ns.push_back(event.posted_ns);
-        if (event.kind == kind) return std::move(event);
-        if (!event.reason.empty()) throw std::runtime_error(event.reason);
-      }
-    }
-    throw std::runtime_error("no event of kind " + std::to_string(static_cast<int>(kind)));
-  }
-
-  void write_block(const Region& from, const Region& to, std::int64_t block, std::uint32_t imm) {
-    const std::array local{from.address(0)};
-    const std::array remote{to.address(0)};
-    const std::array nbytes{block};
-    (void)engine.write(peer(), local, remote, nbytes, imm);
-  }
-
-  rkv::Engine engine;
-  std::vector<std::int64_t> posted_ns;  ///< Of all transfers that are done.
-
- private:
-  rkv::RegisteredMemory memory_;
-  rkv::CreatedEndpoint endpoint_;
-};
 
 struct Rows {
   std::vector<std::int64_t> local;
@@ -185,34 +90,44 @@ class Writer {
   void obey(const std::string& line) {
     std::istringstream order(line);
     std::string verb;
-    std::int64_t block = 0;
+    std::size_t block = 0;
     std::int64_t count = 0;
-    if (!(order >> verb >> block >> count) || block <= 0 || count <= 0 ||
-        block > static_cast<std::int64_t>(kRegionBytes)) {
+    std::int64_t repeats = 1;
+    order >> verb >> block >> count;
+    if (verb == "write") order >> repeats;
+    if (!order || block == 0 || block > kRegionBytes || count < 1) {
       throw std::invalid_argument("cannot read the order '" + line + "'");
     }
-    if (verb == "write") return write(static_cast<std::size_t>(block), count);
-    if (verb == "pingpong") return pingpong(block, count);
+    if (verb == "write") return write(block, static_cast<std::size_t>(count), repeats);
+    if (verb == "pingpong") return pingpong(static_cast<std::int64_t>(block), count);
     throw std::invalid_argument("no order '" + verb + "'");
   }
 
  private:
-  void write(std::size_t block, std::int64_t batch) {
-    const Rows rows = scatter(source_, target_, block, static_cast<std::size_t>(batch), random_);
-    const bool verify = verified_.emplace(block, batch).second;
-    if (verify) {
+  void write(std::size_t block, std::size_t batch, std::int64_t repeats) {
+    const auto [entry, is_new] = rows_.try_emplace({block, batch});
+    Rows& rows = entry->second;
+    if (is_new) {
+      rows = scatter(source_, target_, block, batch, random_);
       for (const std::int64_t row : rows.remote) std::memset(at(row), 0xff, block);
     }
-    const Clock::time_point start = Clock::now();
-    const rkv::TransferId id = end_.engine.write(end_.peer(), rows.local, rows.remote, rows.nbytes);
-    while (end_.expect(EventKind::kTransferDone).id != id) continue;
-    const std::chrono::duration<double> took = Clock::now() - start;
-    for (std::size_t i = 0; verify && i < rows.local.size(); ++i) {
+    std::string seconds = std::to_string(transfer(rows));
+    for (std::size_t i = 0; is_new && i < batch; ++i) {
       if (std::memcmp(at(rows.local[i]), at(rows.remote[i]), block) != 0) {
         throw std::runtime_error("row " + std::to_string(i) + " differs");
       }
     }
-    std::printf("{\"seconds\": %.9f, \"verified\": %s}\n", took.count(), verify ? "true" : "false");
+    while (--repeats > 0) seconds += ", " + std::to_string(transfer(rows));
+    std::printf("{\"seconds\": [%s], \"verified\": %s}\n", seconds.c_str(),
+                is_new ? "true" : "false");
+  }
+
+  /// Seconds of one batch.
+  double transfer(const Rows& rows) {
+    const Clock::time_point start = Clock::now();
+    const rkv::TransferId id = end_.engine.write(end_.peer(), rows.local, rows.remote, rows.nbytes);
+    while (end_.expect(EventKind::kTransferDone).id != id) continue;
+    return std::chrono::duration<double>(Clock::now() - start).count();
   }
 
   void pingpong(std::int64_t block, std::int64_t rounds) {
@@ -255,7 +170,7 @@ class Writer {
   Pipe& pipe_;
   End end_;
   std::mt19937 random_{1};
-  std::set<std::pair<std::size_t, std::int64_t>> verified_;
+  std::map<std::pair<std::size_t, std::size_t>, Rows> rows_;
 };
 
 /// The other process: answers pings until its pipe closes.

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """A transfer engine of verbs_peers in two processes, driven by orders on stdin.
 
-`python verbs_writer.py nixl DEVICE GID_INDEX ADDRESS` reads lines such as `write 4096 128` and
-answers with `{"seconds": 0.0071, "verified": true}`, as rkv_verbs_bench does. The regions are
-shared memory, so the writing process sees for itself what landed; it compares after the first
-batch of each shape.
+`python verbs_writer.py nixl DEVICE GID_INDEX ADDRESS` reads lines such as `write 4096 128 2`
+(block, batch, repeats) and answers with `{"seconds": [0.0071, 0.0059], "verified": true}`, as
+rkv_verbs_bench does. The regions are shared memory, so the writing process sees for itself what
+landed; it compares after the first batch of each shape.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ class Writer:
         self.peer.connect(self.pipe.recv())
         self.rows: dict[tuple[int, int], Rows] = {}
 
-    def write(self, nbytes: int, count: int) -> dict[str, float | bool]:
-        """One batch."""
+    def write(self, nbytes: int, count: int, repeats: int) -> dict[str, list[float] | bool]:
+        """Batches of one shape, one after the other."""
         verify = (nbytes, count) not in self.rows
         if verify:
             self.rows[nbytes, count] = scatter(self.source, self.target, nbytes, count)
@@ -81,12 +81,17 @@ class Writer:
         if verify:
             slots = (rows.target - self.target.ctypes.data) // nbytes
             self.target.reshape(-1, nbytes)[slots] = 255
-        start = time.monotonic()
-        self.peer.write()
-        took = time.monotonic() - start
+        seconds = [self.transfer()]
         if verify:
             self.compare(rows)
-        return {"seconds": took, "verified": verify}
+        seconds += [self.transfer() for _ in range(repeats - 1)]
+        return {"seconds": seconds, "verified": verify}
+
+    def transfer(self) -> float:
+        """Seconds of one batch."""
+        start = time.monotonic()
+        self.peer.write()
+        return time.monotonic() - start
 
     def compare(self, rows: Rows) -> None:
         for source, target in zip(rows.source, rows.target, strict=True):
@@ -130,10 +135,10 @@ def main() -> None:
     writer = Writer(lambda region, name: kind(region, device, name))
     answers.write(json.dumps({"version": version(kind.DISTRIBUTION)}) + "\n")
     for line in orders(writer.peer.attend):
-        verb, nbytes, count = line.split()
+        verb, *numbers = line.split()
         if verb != "write":
             raise ValueError(f"no order {verb!r}")
-        answers.write(json.dumps(writer.write(int(nbytes), int(count))) + "\n")
+        answers.write(json.dumps(writer.write(*map(int, numbers))) + "\n")
     writer.close()
     os._exit(0)  # libraries with threads of their own may hang or crash in their destructors
 

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <deque>
 #include <future>
+#include <limits>
 #include <memory>
 #include <optional>
 #include <string>
@@ -30,7 +31,8 @@ namespace rkv::verbs {
 /// delivers it when all have arrived. Where only one QP is busy, as with a small transfer, the
 /// signal is the immediate of its last WRITE, and the peer delivers it at once.
 ///
-/// Set-up and tear-down are in verbs_backend.cc, the data path in verbs_datapath.cc.
+/// Set-up is in verbs_backend.cc, the end of peers in verbs_teardown.cc, the data path in
+/// verbs_datapath.cc.
 class VerbsBackend final : public Backend {
  public:
   /// Opens every port of `choice`. `lib` must outlive the backend.
@@ -119,6 +121,7 @@ class VerbsBackend final : public Backend {
   void fail_rail(std::size_t rail, const std::string& reason);
 
   // Data path.
+  static constexpr int kDrainAll = std::numeric_limits<int>::max();  ///< Rounds of drain().
   [[nodiscard]] Channel* next_channel(Peer& peer) const;
   [[nodiscard]] ChainLimits limits_of(const Channel& channel, std::uint64_t nbytes) const;
   [[nodiscard]] bool has_room(const Channel& channel, std::uint32_t wrs) const;
