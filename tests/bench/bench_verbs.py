@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from tests.bench import verbs_perftest as perftest
-from tests.bench.verbs_peers import PEERS, Device
+from tests.bench.verbs_peers import PEERS, SPIN_US, Device
 from tests.bench.verbs_program import Program
 
 if TYPE_CHECKING:
@@ -50,8 +50,6 @@ TURN_BYTES, MAX_REPEATS = 4 * MIB, 64
 LARGE_BYTES, LARGE_ROUNDS = 1 << 30, 1
 LARGE_SYSTEMS = ("ours", "nixl")
 LARGE_SETTINGS = 2
-#: An emulated guest is 12 to 25 times as slow as its host, and so polling must last longer.
-SPIN_US = 3000
 #: The rest is measured without them if they fail.
 THIRD_PARTY = ("nixl", "mooncake")
 #: perftest's settings that stay after the first round.
@@ -176,10 +174,11 @@ class Bench:
         program = self.programs[name]
         if name in THIRD_PARTY:
             program.resume()
-        answer = program.ask(f"write {cell.nbytes} {cell.batch} {cell.repeats}")
+        order = f"write {cell.nbytes} {cell.batch} {cell.repeats}"
+        seconds: list[float] = program.ask(order)["seconds"]
         if name in THIRD_PARTY:
             program.pause()
-        return cell.total / statistics.median(answer["seconds"])
+        return cell.total / statistics.median(seconds)
 
     def measure_latency(self, size: int, messages: int) -> None:
         """One run of each of both."""

@@ -16,6 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 TIMEOUT_S = 300.0
+#: An emulated guest is 12 to 25 times as slow as its host, and so polling must last longer.
+SPIN_US = 3000
 
 Addresses = npt.NDArray[np.int64]
 Region = npt.NDArray[np.uint8]
@@ -177,6 +179,7 @@ class OurPeer:
             devices=device.name,
             gid_index=device.gid_index,
             bind_host=device.address,
+            spin_us=SPIN_US,
             peer_timeout_s=60.0,  # an emulated guest may stand still for seconds
         )
         self.engine = self.native.Engine(config, os.getpid())

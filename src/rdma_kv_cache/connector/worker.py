@@ -98,7 +98,9 @@ class ConnectorWorker:
         self._thread = threading.Thread(target=self._progress, name="rkv-connector", daemon=True)
         self._thread.start()
         role = "prefill" if produces else "decode"
-        self._link.send(WorkerHello(self._me, role, os.getpid(), self._engine.backend, self._engine.description))
+        self._link.send(
+            WorkerHello(self._me, role, os.getpid(), self._engine.backend, self._engine.description)
+        )
         self._link.start()
 
     # vLLM's step
