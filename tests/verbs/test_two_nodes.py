@@ -47,7 +47,7 @@ def test_what_it_uses_and_why_is_told(pair: tuple[LabNode, LabNode]) -> None:
     text = pair[1].call("description")
     assert re.fullmatch(
         r"rxe0:1 \(Ethernet, [\d.]+ Gb/s, software\): near is not set; "
-        r"GID 1 = ::ffff:10\.77\.0\.2 \(RoCE v2.*\)\n",
+        r"GID 1 = ::ffff:10\.77\.0\.2 \(RoCE v2.*\)",
         text,
     ), text
 
