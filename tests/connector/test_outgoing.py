@@ -86,8 +86,9 @@ def run(case: Case) -> tuple[dict[int, int], list[int], int]:
     event, known_blocks = 0, 0
     for end in case.chunk_ends:
         upto = -(-end // BLOCK_TOKENS)
-        new = case.source_blocks[known_blocks:upto]
-        out.add_chunk(PrefillChunk("r", "t", case.prompt, end, (new,), known_blocks == 0))
+        # A chunk inside a known page brings no group at all, as vLLM does.
+        ids = (new,) if (new := case.source_blocks[known_blocks:upto]) else ()
+        out.add_chunk(PrefillChunk("r", "t", case.prompt, end, ids, known_blocks == 0))
         known_blocks = upto
         for step in range(LAYERS + 1):
             if event == case.register_before_event:

@@ -15,8 +15,8 @@ BlockIds = tuple[list[int], ...]
 class PrefillChunk:
     """One step of one prefill: after it, `computed_after` of `prompt_tokens` tokens have KV.
 
-    `block_ids` are appended to what is known, or replace it if `restart` is set (after a
-    preemption, or for a new request).
+    `block_ids` (empty if the step brought none) are appended to what is known, or replace it if
+    `restart` is set (after a preemption, or for a new request).
     """
 
     req_id: str

@@ -80,10 +80,8 @@ class Outgoing:
             self.blocks = [np.array(ids, dtype=np.int64) for ids in chunk.block_ids]
             return
         # Converted once a chunk: every layer reads them, and 4,096 ids take 150 us from a list.
-        self.blocks = [
-            np.concatenate((known, np.array(new, dtype=np.int64)))
-            for known, new in zip(self.blocks, chunk.block_ids, strict=False)
-        ]
+        for group, new in enumerate(chunk.block_ids):
+            self.blocks[group] = np.append(self.blocks[group], np.array(new, dtype=np.int64))
 
     def restart(self) -> None:
         """The request was preempted: its blocks go back and its tokens are computed anew.
