@@ -90,8 +90,8 @@ class End {
   [[nodiscard]] Event expect(EventKind kind) {
     const Clock::time_point deadline = Clock::now() + kPatience;
     while (Clock::now() < deadline) {
-      if (!engine.events().wait(std::chrono::seconds(1))) continue;
-      for (Event& event : engine.events().poll(1)) {
+      if (!engine.wait(std::chrono::seconds(1))) continue;
+      for (Event& event : engine.poll(1)) {
         if (event.kind == EventKind::kTransferDone) posted_ns.push_back(event.posted_ns);
         if (event.kind == kind) return std::move(event);
         if (!event.reason.empty()) throw std::runtime_error(event.reason);

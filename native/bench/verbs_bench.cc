@@ -3,6 +3,7 @@
 ///
 ///   write BLOCK BATCH REPEATS  seconds from write() of a batch of scattered blocks to
 ///                              kTransferDone, one batch after the other
+///   stream BLOCK BATCH REPEATS seconds of all these batches, with two of them queued at any time
 ///   pingpong BLOCK ROUNDS      half round trips of a block with its signal, p50 and p99, as the
 ///                              application sees them and as the engines do
 ///
@@ -40,9 +41,10 @@ constexpr double kPeerTimeoutS = 60;  // an emulated guest may stand still for s
 constexpr std::size_t kWarmUpRounds = 20;
 
 struct Rows {
-  std::vector<std::int64_t> local;
-  std::vector<std::int64_t> remote;
-  std::vector<std::int64_t> nbytes;
+  std::vector<std::int64_t> local = {};
+  std::vector<std::int64_t> remote = {};
+  std::vector<std::int64_t> nbytes = {};
+  bool verified = false;
 };
 
 std::vector<std::size_t> shuffled(std::size_t n, std::mt19937& random) {
@@ -59,7 +61,7 @@ Rows scatter(const Region& from, const Region& to, std::size_t block, std::size_
   const std::size_t slots = kRegionBytes / block;
   const std::vector<std::size_t> source = shuffled(slots, random);
   const std::vector<std::size_t> target = shuffled(slots, random);
-  Rows rows{{}, {}, std::vector(batch, static_cast<std::int64_t>(block))};
+  Rows rows{.nbytes = std::vector(batch, static_cast<std::int64_t>(block))};
   for (std::size_t i = 0; i < batch; ++i) {
     const std::size_t at = i % slots;
     const std::size_t next = (i + 1) % slots;
@@ -94,38 +96,62 @@ class Writer {
     std::int64_t count = 0;
     std::int64_t repeats = 1;
     order >> verb >> block >> count;
-    if (verb == "write") order >> repeats;
+    if (verb != "pingpong") order >> repeats;
     if (!order || block == 0 || block > kRegionBytes || count < 1) {
       throw std::invalid_argument("cannot read the order '" + line + "'");
     }
     if (verb == "write") return write(block, static_cast<std::size_t>(count), repeats);
+    if (verb == "stream") return stream(block, static_cast<std::size_t>(count), repeats);
     if (verb == "pingpong") return pingpong(static_cast<std::int64_t>(block), count);
     throw std::invalid_argument("no order '" + verb + "'");
   }
 
  private:
   void write(std::size_t block, std::size_t batch, std::int64_t repeats) {
-    const auto [entry, is_new] = rows_.try_emplace({block, batch});
-    Rows& rows = entry->second;
-    if (is_new) {
-      rows = scatter(source_, target_, block, batch, random_);
+    Rows& rows = rows_of(block, batch);
+    const bool verify = !std::exchange(rows.verified, true);
+    if (verify) {
       for (const std::int64_t row : rows.remote) std::memset(at(row), 0xff, block);
     }
     std::string seconds = std::to_string(transfer(rows));
-    for (std::size_t i = 0; is_new && i < batch; ++i) {
+    for (std::size_t i = 0; verify && i < batch; ++i) {
       if (std::memcmp(at(rows.local[i]), at(rows.remote[i]), block) != 0) {
         throw std::runtime_error("row " + std::to_string(i) + " differs");
       }
     }
     while (--repeats > 0) seconds += ", " + std::to_string(transfer(rows));
     std::printf("{\"seconds\": [%s], \"verified\": %s}\n", seconds.c_str(),
-                is_new ? "true" : "false");
+                verify ? "true" : "false");
+  }
+
+  void stream(std::size_t block, std::size_t batch, std::int64_t repeats) {
+    const Rows& rows = rows_of(block, batch);
+    const Clock::time_point start = Clock::now();
+    for (std::int64_t queued = 0; queued < std::min<std::int64_t>(repeats, 2); ++queued) {
+      submit(rows);
+    }
+    for (std::int64_t done = 1; done <= repeats; ++done) {
+      (void)end_.expect(EventKind::kTransferDone);
+      if (done + 2 <= repeats) submit(rows);
+    }
+    std::printf("{\"seconds\": %.6f}\n",
+                std::chrono::duration<double>(Clock::now() - start).count());
+  }
+
+  Rows& rows_of(std::size_t block, std::size_t batch) {
+    const auto [entry, is_new] = rows_.try_emplace({block, batch});
+    if (is_new) entry->second = scatter(source_, target_, block, batch, random_);
+    return entry->second;
+  }
+
+  rkv::TransferId submit(const Rows& rows) {
+    return end_.engine.write(end_.peer(), rows.local, rows.remote, rows.nbytes);
   }
 
   /// Seconds of one batch.
   double transfer(const Rows& rows) {
     const Clock::time_point start = Clock::now();
-    const rkv::TransferId id = end_.engine.write(end_.peer(), rows.local, rows.remote, rows.nbytes);
+    const rkv::TransferId id = submit(rows);
     while (end_.expect(EventKind::kTransferDone).id != id) continue;
     return std::chrono::duration<double>(Clock::now() - start).count();
   }
@@ -229,10 +255,6 @@ int run(int argc, char** argv) {
   if (child < 0) fail("fork");
   Pipe pipe(fds[child == 0 ? 1 : 0]);
   close(fds[child == 0 ? 0 : 1]);
-  // Both ends are on this host: one CPU for each poller.
-  if (config.progress_cpu == rkv::EngineConfig::kAuto) {
-    config.progress_cpu = child == 0 ? sysconf(_SC_NPROCESSORS_ONLN) - 1 : 0;
-  }
   if (child == 0) {
     prctl(PR_SET_PDEATHSIG, SIGKILL);
     serve(config, source, target, pipe);

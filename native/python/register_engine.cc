@@ -82,7 +82,7 @@ void send(Engine& engine, PeerId peer, const py::bytes& data) {
 bool wait(Engine& engine, double timeout_s) {
   if (!(timeout_s >= 0)) throw std::invalid_argument("wait(): timeout_s must not be negative");
   constexpr double kLongest = 1e6;  // seconds; the clock overflows far beyond
-  return engine.events().wait(std::chrono::duration<double>(std::min(timeout_s, kLongest)));
+  return engine.wait(std::chrono::duration<double>(std::min(timeout_s, kLongest)));
 }
 
 void register_handles(py::module_& module) {
@@ -155,11 +155,8 @@ void register_engine(py::module_& module) {
       .def("send", &send, py::arg("peer"), py::arg("data"),
            "Queues a message of at most 1 MiB. Messages keep their order among themselves and have "
            "none against writes and signals.")
-      .def(
-          "poll",
-          [](Engine& engine, std::size_t max_events) { return engine.events().poll(max_events); },
-          py::arg("max_events") = 256, ReleaseGil(),
-          "The oldest events, at most `max_events`, without blocking.")
+      .def("poll", &Engine::poll, py::arg("max_events") = 256, ReleaseGil(),
+           "The oldest events, at most `max_events`, without blocking.")
       .def("wait", &wait, py::arg("timeout_s"), ReleaseGil(),
            "True as soon as an event is queued, False after `timeout_s` seconds without one.")
       .def("close_peer", &Engine::close_peer, py::arg("peer"), ReleaseGil(),

@@ -64,7 +64,8 @@ class BackendNode {
 
   /// One turn of a progress thread. @return whether anything was reported.
   bool turn() {
-    loop.run_once(std::chrono::milliseconds(0));
+    std::unique_lock turn(turn_);
+    loop.run_once(std::chrono::milliseconds(0), turn);
     std::vector<Completion> completions;
     const bool moved = backend.progress(completions);
     for (Completion& completion : completions) note(completion);
@@ -83,6 +84,8 @@ class BackendNode {
   std::map<PeerId, Seen> seen;
 
  private:
+  Turn turn_;
+
   void note(Completion& completion) {
     Seen& peer = seen[completion.peer];
     switch (completion.kind) {

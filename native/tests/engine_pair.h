@@ -75,8 +75,8 @@ struct Side {
   Event expect(EventKind kind) {
     const auto deadline = Clock::now() + engine_patience();
     while (Clock::now() < deadline) {
-      if (backlog_.empty() && engine.events().wait(std::chrono::milliseconds(100))) {
-        for (Event& event : engine.events().poll(64)) backlog_.push_back(std::move(event));
+      if (backlog_.empty() && engine.wait(std::chrono::milliseconds(100))) {
+        for (Event& event : engine.poll(64)) backlog_.push_back(std::move(event));
       }
       while (!backlog_.empty()) {
         Event event = std::move(backlog_.front());

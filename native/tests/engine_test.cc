@@ -17,7 +17,7 @@ TEST_P(EngineTest, SignalMeansThatEveryEarlierWriteLanded) {
   std::mt19937_64 random(1);
   for (std::uint32_t round = 0; round < 8; ++round) {
     fill_random(a.buffer, random);
-    const Columns rows = scattered_pages(a, b, 4096 << (round % 3), random);
+    const Columns rows = scattered_pages(a, b, std::size_t{4096} << (round % 3), random);
     // The signal goes along with the write, or is a call of its own.
     const bool along = round % 2 == 1;
     const TransferId id = rows.write(a, along ? std::optional(round) : std::nullopt);
@@ -64,14 +64,33 @@ TEST_P(EngineTest, BothDirectionsAndMessagesAtOnceFromManyThreads) {
     while (Clock::now() < deadline &&
            (seen[EventKind::kTransferDone] < kTotal || seen[EventKind::kImm] < kTotal ||
             seen[EventKind::kMessage] < kTotal)) {
-      if (!side->engine.events().wait(std::chrono::milliseconds(100))) continue;
-      for (const Event& event : side->engine.events().poll(64)) ++seen[event.kind];
+      if (!side->engine.wait(std::chrono::milliseconds(100))) continue;
+      for (const Event& event : side->engine.poll(64)) ++seen[event.kind];
     }
     EXPECT_EQ(seen[EventKind::kTransferDone], kTotal);
     EXPECT_EQ(seen[EventKind::kImm], kTotal);
     EXPECT_EQ(seen[EventKind::kMessage], kTotal);
     EXPECT_EQ(seen[EventKind::kTransferFailed], 0);
   }
+}
+
+/// The caller posts itself while the progress thread sleeps.
+TEST_P(EngineTest, SmallWritesWakeNoThread) {
+  constexpr int kWrites = 100;
+  Side a = make_side(1, 64 << 10);
+  Side b = make_side(2, 64 << 10);
+  connect_both(a, b);
+  std::mt19937_64 random(4);
+  const Columns rows = scattered_pages(a, b, 4096, random);
+  const auto wakeups = [&] { return std::get<std::uint64_t>(a.engine.stats().at("wakeups")); };
+  const std::uint64_t before = wakeups();
+  for (int i = 0; i < kWrites; ++i) {
+    rows.write(a);
+    a.expect(EventKind::kTransferDone);
+    // So that the progress thread has seen it out and sleeps again.
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  }
+  EXPECT_LT(wakeups() - before, kWrites / 2);
 }
 
 TEST_P(EngineTest, ClosePeerEndsEveryWriteExactlyOnce) {

@@ -1,5 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 /// The engines' suite over the verbs backend on fake fabrics.
+#include <atomic>
+#include <thread>
+
 #include "engine_pair.h"
 #include "fake_network.h"
 #include "verbs/verbs_backend.h"
@@ -147,6 +150,22 @@ TEST_F(VerbsEngineFault, UnreachablePeerNeverConnects) {
   b_.connect(a_);
   expect_lost({"retry counter exceeded"});
   EXPECT_EQ(a_.seen[EventKind::kConnected], 0);
+}
+
+/// Heartbeats are the progress thread's, and it needs the turn for them.
+TEST_F(VerbsEngineFault, BusyPollersStarveNoHeartbeat) {
+  connect();
+  std::atomic<bool> stop = false;
+  std::vector<std::thread> pollers;
+  for (Engine* engine : {&a_.engine, &a_.engine, &b_.engine}) {
+    pollers.emplace_back([&stop, engine] {
+      while (!stop) EXPECT_TRUE(engine->poll(1).empty());
+    });
+  }
+  std::this_thread::sleep_for(std::chrono::seconds(2));  // twice a_'s peer_timeout_s
+  stop = true;
+  for (std::thread& poller : pollers) poller.join();
+  EXPECT_EQ(std::get<std::uint64_t>(a_.engine.stats().at("peers_lost")), 0U);
 }
 
 }  // namespace

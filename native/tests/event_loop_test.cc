@@ -33,9 +33,11 @@ TEST(EventLoop, PostWakesASleepingLoop) {
     for (int i = 0; i < 1000; ++i) loop.post([&] { ++ran; });
   });
   // No post may be lost between two sleeps; a lost one would cost the full second.
+  Turn turn;
+  std::unique_lock lock(turn);
   const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(20);
   while (ran < 1000 && std::chrono::steady_clock::now() < deadline) {
-    loop.run_once(milliseconds(1000));
+    loop.run_once(milliseconds(1000), lock);
   }
   poster.join();
   EXPECT_EQ(ran, 1000);
@@ -55,16 +57,22 @@ TEST(EventLoop, HandlerMayUnwatchItselfAndOthersOfTheSameBatch) {
   loop.watch(b.near.get(), EPOLLIN, first_wins);
   a.ring();
   b.ring();
-  loop.run_once(milliseconds(1000));
-  loop.run_once(milliseconds(0));
+  Turn turn;
+  std::unique_lock lock(turn);
+  loop.run_once(milliseconds(1000), lock);
+  loop.run_once(milliseconds(0), lock);
   EXPECT_EQ(calls, 1);
 }
 
 TEST(EventLoop, ReportsWhetherAnythingRan) {
   EventLoop loop;
-  EXPECT_FALSE(loop.run_once(milliseconds(1)));
+  Turn turn;
+  std::unique_lock lock(turn);
+  EXPECT_FALSE(loop.run_once(milliseconds(1), lock).handlers);
   loop.post([] {});
-  EXPECT_TRUE(loop.run_once(milliseconds(1000)));
+  const EventLoop::Ran ran = loop.run_once(milliseconds(1000), lock);
+  EXPECT_TRUE(ran.commands);
+  EXPECT_FALSE(ran.handlers);
 }
 
 }  // namespace

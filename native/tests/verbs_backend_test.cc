@@ -9,7 +9,7 @@
 namespace rkv::verbs {
 namespace {
 
-constexpr FakeDeviceOptions kTiny{.max_qp_wr = 16, .max_cqe = 64, .max_srq_wr = 128};
+const FakeDeviceOptions kTiny{.max_qp_wr = 16, .max_cqe = 64, .max_srq_wr = 128};
 
 TEST(VerbsPosting, OneDoorbellAndOneSignalledWrAChain) {
   NodePair pair;
@@ -154,26 +154,6 @@ TEST(VerbsLife, CyclesOnATinyCqLeaveNothingBehind) {
       for (const std::uint32_t imm : seen.imms) EXPECT_EQ(imm, peer);
     }
   }
-}
-
-/// Signals of a peer that was closed stay in the CQ under a QPN that its successor has.
-TEST(VerbsLife, StaleCqesDoNotReachTheNextPeer) {
-  CleanFabric fabric(fake_fabric(2, {.reuse_qpns = true}));
-  BackendNode a(fabric, {"rxe0"});
-  BackendNode b(fabric, {"rxe1"});
-  connect_nodes(a, b, 1);
-  const std::vector slices{a.slice(0, b, 0, 64)};
-  ASSERT_TRUE(a.backend.post_signal(1, 111));
-  ASSERT_EQ(a.backend.post_writes(1, 1, slices, {}).slices, 1U);
-  b.backend.close_peer(1);
-  a.backend.close_peer(1);
-  connect_nodes(a, b, 2);
-  ASSERT_TRUE(a.backend.post_signal(2, 222));
-  ASSERT_TRUE(turn_until({&a, &b}, [&] { return !b.seen[2].imms.empty(); }));
-  EXPECT_EQ(b.seen[2].imms, std::vector{222U});
-  a.turn();
-  EXPECT_TRUE(a.seen[1].landed.empty());
-  EXPECT_TRUE(a.seen[2].landed.empty());
 }
 
 TEST(VerbsLife, FailedRegistrationLeavesNothingBehind) {

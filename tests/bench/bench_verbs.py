@@ -5,8 +5,9 @@ Runs where the device is: `make bench-verbs` runs it in a guest with Soft-RoCE. 
 processes on that machine. Blocks are scattered over 256 MiB on both sides; time is from the call
 until the sender knows that everything is in place, and the first batch of each shape is compared
 byte by byte. perftest writes one and the same block again and again, with its pipe always full,
-at the batch's queue depth; the best of its settings counts. NIXL and Mooncake are used from Python,
-as vLLM does, and so is the engine a second time: ours_python.
+at the batch's queue depth; the best of its settings counts, and ours_stream stands beside it: two
+batches queued at any time. NIXL and Mooncake are used from Python, as vLLM does, and so is the
+engine a second time: ours_python.
 """
 
 from __future__ import annotations
@@ -52,6 +53,8 @@ LARGE_SYSTEMS = ("ours", "nixl")
 LARGE_SETTINGS = 2
 #: The rest is measured without them if they fail.
 THIRD_PARTY = ("nixl", "mooncake")
+#: A stream moves this much, in at least so many batches.
+STREAM_BYTES, MIN_STREAMED = 24 * MIB, 4
 #: perftest's settings that stay after the first round.
 KEPT_SETTINGS = 2
 
@@ -76,6 +79,13 @@ class Cell:
     @property
     def repeats(self) -> int:
         return max(1, min(MAX_REPEATS, TURN_BYTES // self.total))
+
+    @property
+    def streamed(self) -> int:
+        """Batches of a stream; 0: perftest itself waits for each block, or one batch is a stream."""
+        if self.batch == 1 or self.large:
+            return 0
+        return max(MIN_STREAMED, STREAM_BYTES // self.total)
 
     @property
     def large(self) -> bool:
@@ -118,7 +128,7 @@ class Bench:
         self, programs: dict[str, Program], device: Device, show: Callable[[str], None]
     ) -> None:
         self.programs = programs
-        self.systems = ["perftest", *programs]
+        self.systems = ["perftest", "ours_stream", *programs]
         self.device = device
         self.show = show
         self.order = random.Random(1)
@@ -154,6 +164,8 @@ class Bench:
             for name in self.programs
             if not cell.large or name in LARGE_SYSTEMS
         }
+        if cell.streamed:
+            tasks["ours_stream"] = partial(self.stream_rate, cell)
         settings = self.settings[cell][:LARGE_SETTINGS] if cell.large else self.settings[cell]
         for setting in settings:
             tasks[setting] = partial(perftest.bandwidth, self.device, cell.nbytes, setting)
@@ -180,6 +192,12 @@ class Bench:
             program.pause()
         return cell.total / statistics.median(seconds)
 
+    def stream_rate(self, cell: Cell) -> float:
+        """Bytes per second of the engine with its queue never empty."""
+        order = f"stream {cell.nbytes} {cell.batch} {cell.streamed}"
+        seconds: float = self.programs["ours"].ask(order)["seconds"]
+        return cell.total * cell.streamed / seconds
+
     def measure_latency(self, size: int, messages: int) -> None:
         """One run of each of both."""
         values = self.latencies[size]
@@ -205,8 +223,8 @@ def spread(values: list[float], unit: float = 1.0) -> str:
 
 
 #: Ratios shown: of whom to whom.
-RATIOS = [("ours", "perftest"), ("ours", "nixl"), ("ours", "mooncake"), ("ours_python", "nixl"),
-          ("ours_python", "mooncake")]  # fmt: skip
+RATIOS = [("ours", "perftest"), ("ours_stream", "perftest"), ("ours", "nixl"), ("ours", "mooncake"),
+          ("ours_python", "nixl"), ("ours_python", "mooncake")]  # fmt: skip
 
 
 def report_rates(console: Console, bench: Bench) -> dict[str, float | str]:

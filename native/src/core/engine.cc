@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "core/engine.h"
 
+#include <algorithm>
 #include <future>
 #include <stdexcept>
 #include <utility>
@@ -13,6 +14,18 @@ namespace {
 
 /// The progress thread never blocks, so an answer takes microseconds; a loaded host may starve it.
 constexpr std::chrono::seconds kAnswerTimeout{60};
+
+/// A write of this much takes its caller little longer to post than to hand over. Of more, the
+/// caller shall not do the copying that some backends call posting.
+constexpr std::uint64_t kSmallBytes = 64 << 10;
+constexpr std::size_t kSmallSlices = 16;
+
+bool is_small(const std::vector<WriteSlice>& slices) {
+  if (slices.size() > kSmallSlices) return false;
+  std::uint64_t nbytes = 0;
+  for (const WriteSlice& slice : slices) nbytes += slice.nbytes;
+  return nbytes <= kSmallBytes;
+}
 
 }  // namespace
 
@@ -32,9 +45,14 @@ Engine::Engine(const EngineConfig& config, std::uint64_t incarnation,
 
 Engine::~Engine() { close(); }
 
-void Engine::post(EventLoop::Command command) {
+void Engine::queue(EventLoop::Command command) {
   if (closed_) throw std::runtime_error("the engine is closed");
-  progress_.loop().post(std::move(command));
+  progress_.queue(std::move(command));
+}
+
+/// mutex_ is not held: a turn may find a peer lost.
+void Engine::run_queued() {
+  if (!progress_.take_turn()) progress_.wake();
 }
 
 template <class Function>
@@ -44,8 +62,9 @@ auto Engine::ask(const char* call, Function function) {
   std::future<Answer> answer = task->get_future();
   {
     const std::lock_guard lock(mutex_);
-    post([task] { (*task)(); });
+    queue([task] { (*task)(); });
   }
+  run_queued();
   if (answer.wait_for(kAnswerTimeout) != std::future_status::ready) {
     throw std::runtime_error(std::string(call) + ": the progress thread gave no answer for " +
                              std::to_string(kAnswerTimeout.count()) + " s");
@@ -180,19 +199,22 @@ void Engine::connect(PeerId peer, std::string_view descriptor, const std::vector
   for (const RemoteMemory& region : decoded) {
     regions.push_back({static_cast<RegionId>(regions.size()), region.range});
   }
-  const std::lock_guard lock(mutex_);
-  PeerEntry& entry = find_peer(peer, "connect()");
-  if (entry.connecting) {
-    throw std::runtime_error("connect(): peer " + entry.label + ": already called");
+  {
+    const std::lock_guard lock(mutex_);
+    PeerEntry& entry = find_peer(peer, "connect()");
+    if (entry.connecting) {
+      throw std::runtime_error("connect(): peer " + entry.label + ": already called");
+    }
+    if (entry.token == remote.token) {
+      throw FormatError("connect(): the descriptor is this endpoint's own");
+    }
+    queue([this, peer, remote, decoded = std::move(decoded)]() mutable {
+      progress_.connect(peer, remote, std::move(decoded));
+    });
+    entry.connecting = true;
+    entry.remote_regions = std::make_shared<RegionIndex>(std::move(regions));
   }
-  if (entry.token == remote.token) {
-    throw FormatError("connect(): the descriptor is this endpoint's own");
-  }
-  post([this, peer, remote, decoded = std::move(decoded)]() mutable {
-    progress_.connect(peer, remote, std::move(decoded));
-  });
-  entry.connecting = true;
-  entry.remote_regions = std::make_shared<RegionIndex>(std::move(regions));
+  run_queued();
 }
 
 TransferId Engine::write(PeerId peer, std::span<const std::int64_t> local,
@@ -213,19 +235,31 @@ TransferId Engine::write(PeerId peer, std::span<const std::int64_t> local,
   Slices slices = slice_pool_->take();
   slice_rows({local, remote, nbytes}, *local_regions, *remote_regions,
              static_cast<std::uint64_t>(config_.block_size), *slices);
-  const std::lock_guard lock(mutex_);
-  find_usable_peer(peer, "write()");  // it may have been lost meanwhile
-  const TransferId id = next_transfer_++;
-  post([this, peer, id, rows = nbytes.size(), imm, slices = std::move(slices)]() mutable {
-    progress_.submit(peer, id, rows, std::move(slices), imm);
-  });
+  const bool small = is_small(*slices);
+  TransferId id = 0;
+  {
+    const std::lock_guard lock(mutex_);
+    find_usable_peer(peer, "write()");  // it may have been lost meanwhile
+    id = next_transfer_++;
+    queue([this, peer, id, rows = nbytes.size(), imm, slices = std::move(slices)]() mutable {
+      progress_.submit(peer, id, rows, std::move(slices), imm);
+    });
+  }
+  if (small) {
+    run_queued();
+  } else {
+    progress_.wake();
+  }
   return id;
 }
 
 void Engine::signal(PeerId peer, std::uint32_t imm) {
-  const std::lock_guard lock(mutex_);
-  find_usable_peer(peer, "signal()");
-  post([this, peer, imm] { progress_.signal(peer, imm); });
+  {
+    const std::lock_guard lock(mutex_);
+    find_usable_peer(peer, "signal()");
+    queue([this, peer, imm] { progress_.signal(peer, imm); });
+  }
+  run_queued();
 }
 
 void Engine::send(PeerId peer, Bytes message) {
@@ -234,11 +268,32 @@ void Engine::send(PeerId peer, Bytes message) {
                                 " bytes; a message holds at most " +
                                 std::to_string(kMaxMessageBytes));
   }
-  const std::lock_guard lock(mutex_);
-  find_usable_peer(peer, "send()");
-  post([this, peer, message = std::move(message)]() mutable {
-    progress_.send(peer, std::move(message));
-  });
+  {
+    const std::lock_guard lock(mutex_);
+    find_usable_peer(peer, "send()");
+    queue([this, peer, message = std::move(message)]() mutable {
+      progress_.send(peer, std::move(message));
+    });
+  }
+  run_queued();
+}
+
+std::vector<Event> Engine::poll(std::size_t max_events) {
+  std::vector<Event> events = events_.poll(max_events);
+  if (!events.empty()) return events;
+  progress_.attend();
+  return events_.poll(max_events);
+}
+
+bool Engine::wait(std::chrono::duration<double> timeout) {
+  const Clock::time_point start = Clock::now();
+  const auto spin = std::min<std::chrono::duration<double>>(progress_.caller_spin(), timeout);
+  while (Clock::now() - start < spin) {
+    if (!events_.empty()) return true;
+    progress_.attend();
+  }
+  progress_.leave();
+  return events_.wait(timeout - (Clock::now() - start));
 }
 
 void Engine::close_peer(PeerId peer) {

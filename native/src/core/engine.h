@@ -35,9 +35,10 @@ struct CreatedEndpoint {
 
 /// Moves bytes into the memory of peers. Knows addresses, not models.
 ///
-/// Every method is thread-safe. API threads validate, coalesce, slice and queue; the progress
-/// thread does the rest. Methods that need its answer (memory, endpoints, close_peer, statistics)
-/// wait for it, for at most kAnswerTimeout; the others never wait.
+/// Every method is thread-safe. API threads validate, coalesce, slice and queue; the rest happens
+/// in turns, which the progress thread takes, or the calling thread while that one sleeps. Methods
+/// that need an answer (memory, endpoints, close_peer, statistics) wait for it, for at most
+/// kAnswerTimeout; the others but wait() never wait.
 ///
 /// @throw std::invalid_argument for arguments that cannot be right, std::runtime_error for
 /// everything that may happen to a correct program.
@@ -73,7 +74,10 @@ class Engine {
   void signal(PeerId peer, std::uint32_t imm);
   void send(PeerId peer, Bytes message);
 
-  [[nodiscard]] EventQueue& events() { return events_; }
+  /// The oldest events.
+  [[nodiscard]] std::vector<Event> poll(std::size_t max_events);
+  /// True as soon as an event is queued, false after `timeout` without one.
+  [[nodiscard]] bool wait(std::chrono::duration<double> timeout);
 
   /// Fence: nothing of the peer lands after it returns. Its outstanding writes fail.
   void close_peer(PeerId peer);
@@ -95,7 +99,8 @@ class Engine {
 
   template <class Function>
   auto ask(const char* call, Function function);
-  void post(EventLoop::Command command);  // mutex_ is held
+  void queue(EventLoop::Command command);  // mutex_ is held; run_queued() must follow
+  void run_queued();
   PeerEntry& find_peer(PeerId peer, const char* call);
   PeerEntry& find_usable_peer(PeerId peer, const char* call);
   [[nodiscard]] EndpointDescriptor decode_endpoint(std::string_view bytes) const;

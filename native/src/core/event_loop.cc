@@ -24,13 +24,18 @@ EventLoop::EventLoop()
   control(EPOLL_CTL_ADD, wake_.get(), EPOLLIN, kWakeSerial);
 }
 
-void EventLoop::post(Command command) {
+bool EventLoop::queue(Command command) {
+  const std::lock_guard lock(mutex_);
+  commands_.push_back(std::move(command));
+  has_commands_.store(true, std::memory_order_release);
+  return sleeping_;
+}
+
+void EventLoop::wake() {
   bool asleep = false;
   {
     const std::lock_guard lock(mutex_);
-    commands_.push_back(std::move(command));
-    has_commands_.store(true, std::memory_order_release);
-    // One ring is enough: whoever posts next finds sleeping_ false.
+    // One ring is enough: whoever calls next finds sleeping_ false.
     asleep = std::exchange(sleeping_, false);
   }
   if (asleep) eventfd_write(wake_.get(), 1);
@@ -60,18 +65,23 @@ void EventLoop::unwatch(int fd) {
   serial_of_.erase(found);
 }
 
-bool EventLoop::run_once(std::chrono::milliseconds max_wait) {
+EventLoop::Ran EventLoop::run_once(std::chrono::milliseconds max_wait,
+                                   std::unique_lock<Turn>& turn) {
   const bool ran = run_commands();
-  int timeout = ran ? 0 : static_cast<int>(max_wait.count());
-  if (timeout > 0 && !begin_sleep()) timeout = 0;
+  const bool sleeps = !ran && max_wait.count() > 0 && begin_sleep();
+  if (sleeps) turn.unlock();
   std::array<epoll_event, kEventsPerWait> ready;
-  const int n = epoll_wait(epoll_.get(), ready.data(), kEventsPerWait, timeout);
-  if (timeout > 0) end_sleep();
+  const int n = epoll_wait(epoll_.get(), ready.data(), kEventsPerWait,
+                           sleeps ? static_cast<int>(max_wait.count()) : 0);
+  if (sleeps) {
+    end_sleep();
+    turn.lock();
+  }
   for (int i = 0; i < n; ++i) {
     const epoll_event& event = ready[static_cast<std::size_t>(i)];
     dispatch(event.data.u64, event.events);
   }
-  return ran || n > 0;
+  return {.commands = ran, .handlers = n > 0};
 }
 
 void EventLoop::dispatch(std::uint64_t serial, std::uint32_t epoll_events) {

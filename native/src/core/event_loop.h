@@ -8,25 +8,37 @@
 #include <memory>
 #include <mutex>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
+#include "core/turn.h"
 #include "core/unique_fd.h"
 
 namespace rkv {
 
-/// One epoll instance and a queue of commands: everything the progress thread reacts to.
+/// One epoll instance and a queue of commands: everything that the engine reacts to.
 ///
-/// Only post() may be called from any thread; the rest belongs to the progress thread.
+/// queue(), wake() and post() may be called from any thread. The rest belongs to whoever has the
+/// turn (see Progress), but for run_once(), which is the progress thread's.
 class EventLoop {
  public:
   using Command = std::function<void()>;
   using Handler = std::function<void(std::uint32_t epoll_events)>;
+  struct Ran {
+    bool commands = false;
+    bool handlers = false;
+  };
 
   /// @throw std::runtime_error when epoll or eventfd are refused.
   EventLoop();
 
-  /// Queues `command` for the progress thread and wakes it if it sleeps. Thread-safe.
-  void post(Command command);
+  /// Queues `command` for the next turn. @return whether the progress thread sleeps: then the
+  /// caller takes that turn, or wakes it.
+  bool queue(Command command);
+  void wake();
+  void post(Command command) {
+    if (queue(std::move(command))) wake();
+  }
 
   /// Calls `handler` while `fd` has one of `epoll_events` (level-triggered). The caller keeps
   /// owning `fd` and calls unwatch() before closing it; a handler may unwatch any fd, its own too.
@@ -35,13 +47,13 @@ class EventLoop {
   void unwatch(int fd);
 
   /// Runs what is due: commands first, then ready file descriptors. Blocks for at most `max_wait`
-  /// when nothing is. @return whether anything ran.
-  bool run_once(std::chrono::milliseconds max_wait);
+  /// when nothing is, and leaves the turn to others meanwhile.
+  Ran run_once(std::chrono::milliseconds max_wait, std::unique_lock<Turn>& turn);
 
   /// Runs the commands queued by now. @return whether there were any.
   bool run_commands();
 
-  /// Times that post() had to wake a sleeping progress thread (the software doorbell).
+  /// Times that the progress thread was woken (the software doorbell).
   [[nodiscard]] std::uint64_t wakeups() const { return wakeups_; }
 
  private:

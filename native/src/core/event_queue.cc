@@ -27,6 +27,11 @@ std::vector<Event> EventQueue::poll(std::size_t max_events) {
   return batch;
 }
 
+bool EventQueue::empty() {
+  const std::lock_guard lock(mutex_);
+  return events_.empty();
+}
+
 bool EventQueue::wait(std::chrono::duration<double> timeout) {
   std::unique_lock lock(mutex_);
   return queued_.wait_for(lock, timeout, [this] { return !events_.empty(); });

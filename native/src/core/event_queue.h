@@ -17,6 +17,7 @@ class EventQueue {
   void push(Event event);
   /// Up to `max_events` of the oldest events; never blocks.
   [[nodiscard]] std::vector<Event> poll(std::size_t max_events);
+  [[nodiscard]] bool empty();
   /// True as soon as an event is queued, false after `timeout` without one.
   [[nodiscard]] bool wait(std::chrono::duration<double> timeout);
 

@@ -13,6 +13,9 @@ namespace {
 
 constexpr std::chrono::milliseconds kMaxTick{100};
 constexpr unsigned kPollsPerSocketCheck = 32;  ///< Data does not come by sockets; heartbeats do.
+/// A caller that looked for data is expected back within this; nothing waits longer for it.
+constexpr std::chrono::milliseconds kAttended{1};
+constexpr int kMaxCallerRounds = 16;  ///< Then the progress thread goes on.
 
 }  // namespace
 
@@ -24,6 +27,8 @@ Progress::Progress(const EngineConfig& config, std::uint64_t incarnation,
       events_(events),
       on_lost_(std::move(on_lost)),
       backend_(std::move(backend)),
+      spin_(config.spin_us == EngineConfig::kAuto ? backend_->default_spin()
+                                                  : std::chrono::microseconds(config.spin_us)),
       acceptor_(loop_, config.bind_host, incarnation,
                 [this](PeerId peer, std::uint8_t lane, UniqueFd fd) {
                   on_socket(peer, lane, std::move(fd));
@@ -58,24 +63,65 @@ void Progress::stop() {
 void Progress::run() {
   pthread_setname_np(pthread_self(), "rkv-progress");
   move_to_cpus();
-  const auto spin = config_.spin_us == EngineConfig::kAuto
-                        ? backend_->default_spin()
-                        : std::chrono::microseconds(config_.spin_us);
-  Clock::time_point last_active = Clock::now();
-  bool active = false;
+  std::unique_lock turn(turn_);
+  Clock::time_point last_busy = Clock::now();
+  bool again = false;
   unsigned polls = 0;
   while (!stopping_) {
     const Clock::time_point now = Clock::now();
-    if (active) last_active = now;
-    // A turn that did something may have left work that no file descriptor will announce.
-    const bool poll_only = active || now - last_active < spin || !backend_->arm();
-    active = poll_only && backend_->polls() && ++polls % kPollsPerSocketCheck != 0
-                 ? loop_.run_commands()
-                 : loop_.run_once(poll_only ? std::chrono::milliseconds(0) : until_tick(now));
-    active |= post_queued();
-    active |= handle_completions();
+    // What did something may have left work that no file descriptor will announce.
+    const bool attended = is_attended(now);
+    const bool poll_only = again || (!attended && (now - last_busy < spin_ || !backend_->arm()));
+    EventLoop::Ran ran;
+    if (poll_only && backend_->polls() && ++polls % kPollsPerSocketCheck != 0) {
+      ran.commands = loop_.run_commands();
+    } else {
+      const auto sleep = attended ? std::min(kAttended, until_tick(now)) : until_tick(now);
+      ran = loop_.run_once(poll_only ? std::chrono::milliseconds(0) : sleep, turn);
+    }
+    // An event of a completion channel is nothing by itself: a caller may have polled the CQ.
+    const bool busy = move_data() || ran.commands || (ran.handlers && !backend_->polls());
+    if (busy) last_busy = now;
+    again = busy || ran.handlers;
     tick(now);
   }
+}
+
+bool Progress::take_turn() noexcept {
+  const std::unique_lock turn(turn_, std::try_to_lock);
+  if (!turn) return false;
+  for (int round = 0; loop_.run_commands() | move_data(); ++round) {
+    if (round < kMaxCallerRounds) continue;
+    loop_.wake();
+    break;
+  }
+  return true;
+}
+
+void Progress::attend() noexcept {
+  if (!backend_->polls()) return;
+  attended_until_.store(Clock::now() + kAttended, std::memory_order_relaxed);
+  (void)take_turn();
+}
+
+void Progress::leave() noexcept {
+  if (attended_until_.exchange({}, std::memory_order_relaxed) == Clock::time_point()) return;
+  const std::unique_lock turn(turn_, std::try_to_lock);
+  if (!turn || !backend_->arm()) loop_.wake();
+}
+
+/// Completions make room for what is queued, and that must not wait for a caller.
+bool Progress::is_attended(Clock::time_point now) const {
+  return now < attended_until_.load(std::memory_order_relaxed) &&
+         std::all_of(
+             connections_.begin(), connections_.end(),
+             [](const auto& entry) { return entry.second->queue.empty(); });
+}
+
+/// @return whether there was anything to move.
+bool Progress::move_data() {
+  const bool posted = post_queued();
+  return handle_completions() || posted;
 }
 
 /// A thread may be moved while it runs; a refusal only costs speed.

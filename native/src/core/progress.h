@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -17,14 +18,17 @@
 #include "core/dialer.h"
 #include "core/event_loop.h"
 #include "core/event_queue.h"
+#include "core/turn.h"
 
 namespace rkv {
 
-/// The engine's one progress thread and all that lives on it: connections, liveness, the backend.
+/// The engine's progress: connections, liveness, the backend, and the thread that keeps them going.
 ///
-/// start(), stop(), loop().post() and what says so may be called from any thread; every other
-/// method runs on the progress thread, as a posted command. Reports of a peer's end from the
-/// backend and from its control connection join in lose(); the first wins.
+/// Everything here happens in turns, one at a time. Mostly they are the progress thread's. While
+/// it sleeps a caller may take one itself, which spares a small transfer two hand-overs between
+/// threads, tens of microseconds each. start(), stop() and what says so may be called from any
+/// thread; every other method is called in a turn, as a queued command. Reports of a peer's end
+/// from the backend and from its control connection join in lose(); the first wins.
 class Progress {
  public:
   /// Called once per lost peer, on the progress thread, before its last events are queued: from
@@ -43,7 +47,24 @@ class Progress {
   /// still run; none may be posted after.
   void stop();
 
-  [[nodiscard]] EventLoop& loop() { return loop_; }
+  /// Queues `command` for the next turn. Any thread; take_turn() or wake() must follow.
+  void queue(EventLoop::Command command) { loop_.queue(std::move(command)); }
+  /// Any thread.
+  void wake() { loop_.wake(); }
+  /// Runs the queued commands and what follows from them, here if the progress thread sleeps and
+  /// there otherwise. Any thread that holds no lock which Progress::OnLost takes.
+  /// @return whether here.
+  bool take_turn() noexcept;
+  /// Looks for data on the caller's thread. For a moment the progress thread leaves that to the
+  /// caller: two that look for the same completion cost more than one. Any thread.
+  void attend() noexcept;
+  /// The caller looks no longer.
+  void leave() noexcept;
+  /// How long a caller attends before it sleeps.
+  [[nodiscard]] std::chrono::microseconds caller_spin() const {
+    return backend_->polls() ? spin_ : std::chrono::microseconds(0);
+  }
+
   [[nodiscard]] const SocketAddress& address() const { return acceptor_.address(); }
   [[nodiscard]] std::string_view backend_name() const { return backend_->name(); }
   [[nodiscard]] std::uint8_t lanes() const { return backend_->lanes(); }
@@ -69,6 +90,8 @@ class Progress {
 
  private:
   void run();
+  bool move_data();
+  [[nodiscard]] bool is_attended(Clock::time_point now) const;
   void move_to_cpus() const;
   bool post_queued();
   bool handle_completions();
@@ -92,10 +115,13 @@ class Progress {
   const EngineConfig config_;
   const std::uint64_t incarnation_;
   const Clock::duration tick_interval_;
+  std::atomic<Clock::time_point> attended_until_{};  // by callers
+  Turn turn_;                                        // guards all below but what any thread may use
   EventQueue& events_;
   OnLost on_lost_;
   EventLoop loop_;  // before all that watch file descriptors on it
-  std::unique_ptr<Backend> backend_;
+  const std::unique_ptr<Backend> backend_;
+  const std::chrono::microseconds spin_;
   Acceptor acceptor_;
   Dialer dialer_;
   std::unordered_map<PeerId, std::unique_ptr<Connection>> connections_;
