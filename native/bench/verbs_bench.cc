@@ -4,6 +4,7 @@
 ///   write BLOCK BATCH REPEATS  seconds from write() of a batch of scattered blocks to
 ///                              kTransferDone, one batch after the other
 ///   stream BLOCK BATCH REPEATS seconds of all these batches, with two of them queued at any time
+///   gather BLOCK BATCH REPEATS the same with contiguous targets, so that a WR takes several blocks
 ///   pingpong BLOCK ROUNDS      half round trips of a block with its signal, p50 and p99, as the
 ///                              application sees them and as the engines do
 ///
@@ -24,6 +25,7 @@
 #include <numeric>
 #include <random>
 #include <sstream>
+#include <tuple>
 
 #include "bench_end.h"
 
@@ -57,16 +59,17 @@ std::vector<std::size_t> shuffled(std::size_t n, std::mt19937& random) {
 /// `batch` rows, no two neighbours of which can be coalesced. A batch larger than the region goes
 /// over it again with the same pairs, so that it does not matter which of two rows lands last.
 Rows scatter(const Region& from, const Region& to, std::size_t block, std::size_t batch,
-             std::mt19937& random) {
+             bool gather, std::mt19937& random) {
   const std::size_t slots = kRegionBytes / block;
   const std::vector<std::size_t> source = shuffled(slots, random);
-  const std::vector<std::size_t> target = shuffled(slots, random);
+  std::vector<std::size_t> target = shuffled(slots, random);
+  if (gather) std::sort(target.begin(), target.end());
   Rows rows{.nbytes = std::vector(batch, static_cast<std::int64_t>(block))};
   for (std::size_t i = 0; i < batch; ++i) {
     const std::size_t at = i % slots;
     const std::size_t next = (i + 1) % slots;
     if (source[next] == source[at] + 1 && target[next] == target[at] + 1) {
-      return scatter(from, to, block, batch, random);
+      return scatter(from, to, block, batch, gather, random);
     }
     rows.local.push_back(from.address(source[at] * block));
     rows.remote.push_back(to.address(target[at] * block));
@@ -101,14 +104,16 @@ class Writer {
       throw std::invalid_argument("cannot read the order '" + line + "'");
     }
     if (verb == "write") return write(block, static_cast<std::size_t>(count), repeats);
-    if (verb == "stream") return stream(block, static_cast<std::size_t>(count), repeats);
+    if (verb == "stream" || verb == "gather") {
+      return stream(rows_of(block, static_cast<std::size_t>(count), verb == "gather"), repeats);
+    }
     if (verb == "pingpong") return pingpong(static_cast<std::int64_t>(block), count);
     throw std::invalid_argument("no order '" + verb + "'");
   }
 
  private:
   void write(std::size_t block, std::size_t batch, std::int64_t repeats) {
-    Rows& rows = rows_of(block, batch);
+    Rows& rows = rows_of(block, batch, false);
     const bool verify = !std::exchange(rows.verified, true);
     if (verify) {
       for (const std::int64_t row : rows.remote) std::memset(at(row), 0xff, block);
@@ -124,8 +129,7 @@ class Writer {
                 verify ? "true" : "false");
   }
 
-  void stream(std::size_t block, std::size_t batch, std::int64_t repeats) {
-    const Rows& rows = rows_of(block, batch);
+  void stream(const Rows& rows, std::int64_t repeats) {
     const Clock::time_point start = Clock::now();
     for (std::int64_t queued = 0; queued < std::min<std::int64_t>(repeats, 2); ++queued) {
       submit(rows);
@@ -138,9 +142,9 @@ class Writer {
                 std::chrono::duration<double>(Clock::now() - start).count());
   }
 
-  Rows& rows_of(std::size_t block, std::size_t batch) {
-    const auto [entry, is_new] = rows_.try_emplace({block, batch});
-    if (is_new) entry->second = scatter(source_, target_, block, batch, random_);
+  Rows& rows_of(std::size_t block, std::size_t batch, bool gather) {
+    const auto [entry, is_new] = rows_.try_emplace({block, batch, gather});
+    if (is_new) entry->second = scatter(source_, target_, block, batch, gather, random_);
     return entry->second;
   }
 
@@ -196,7 +200,7 @@ class Writer {
   Pipe& pipe_;
   End end_;
   std::mt19937 random_{1};
-  std::map<std::pair<std::size_t, std::size_t>, Rows> rows_;
+  std::map<std::tuple<std::size_t, std::size_t, bool>, Rows> rows_;
 };
 
 /// The other process: answers pings until its pipe closes.

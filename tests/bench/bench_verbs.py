@@ -6,7 +6,7 @@ processes on that machine. Blocks are scattered over 256 MiB on both sides; time
 until the sender knows that everything is in place, and the first batch of each shape is compared
 byte by byte. perftest writes one and the same block again and again, with its pipe always full,
 at the batch's queue depth; the best of its settings counts, and ours_stream stands beside it: two
-batches queued at any time. NIXL and Mooncake are used from Python, as vLLM does, and so is the
+batches queued at any time; ours_gather is the same with contiguous targets. NIXL and Mooncake are used from Python, as vLLM does, and so is the
 engine a second time: ours_python.
 """
 
@@ -128,7 +128,7 @@ class Bench:
         self, programs: dict[str, Program], device: Device, show: Callable[[str], None]
     ) -> None:
         self.programs = programs
-        self.systems = ["perftest", "ours_stream", *programs]
+        self.systems = ["perftest", "ours_stream", "ours_gather", *programs]
         self.device = device
         self.show = show
         self.order = random.Random(1)
@@ -165,7 +165,8 @@ class Bench:
             if not cell.large or name in LARGE_SYSTEMS
         }
         if cell.streamed:
-            tasks["ours_stream"] = partial(self.stream_rate, cell)
+            tasks["ours_stream"] = partial(self.stream_rate, "stream", cell)
+            tasks["ours_gather"] = partial(self.stream_rate, "gather", cell)
         settings = self.settings[cell][:LARGE_SETTINGS] if cell.large else self.settings[cell]
         for setting in settings:
             tasks[setting] = partial(perftest.bandwidth, self.device, cell.nbytes, setting)
@@ -192,9 +193,9 @@ class Bench:
             program.pause()
         return cell.total / statistics.median(seconds)
 
-    def stream_rate(self, cell: Cell) -> float:
+    def stream_rate(self, verb: str, cell: Cell) -> float:
         """Bytes per second of the engine with its queue never empty."""
-        order = f"stream {cell.nbytes} {cell.batch} {cell.streamed}"
+        order = f"{verb} {cell.nbytes} {cell.batch} {cell.streamed}"
         seconds: float = self.programs["ours"].ask(order)["seconds"]
         return cell.total * cell.streamed / seconds
 
@@ -223,7 +224,8 @@ def spread(values: list[float], unit: float = 1.0) -> str:
 
 
 #: Ratios shown: of whom to whom.
-RATIOS = [("ours", "perftest"), ("ours_stream", "perftest"), ("ours", "nixl"), ("ours", "mooncake"),
+RATIOS = [("ours", "perftest"), ("ours_stream", "perftest"), ("ours_gather", "ours_stream"),
+          ("ours", "nixl"), ("ours", "mooncake"),
           ("ours_python", "nixl"), ("ours_python", "mooncake")]  # fmt: skip
 
 
