@@ -64,7 +64,7 @@ def test_a_stopped_peer_is_lost_within_peer_timeout(
     transfers = queue_large_writes(near) if busy else []
     lost = expect_lost_after_every_end(near, transfers, PEER_TIMEOUT_S + SLACK_S)
     assert time.monotonic() - start > PEER_TIMEOUT_S / 2
-    assert "peer_timeout_s" in lost.reason or "ETIMEDOUT" in lost.reason
+    assert "peer_timeout_s" in lost.reason
     # Once it goes on it must learn that it was fenced.
     os.kill(far.process.pid or 0, signal.SIGCONT)
     assert far.call("next_event", "PEER_LOST").reason

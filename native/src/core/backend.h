@@ -65,10 +65,10 @@ struct Posted {
 /// Moves bytes: one-sided writes of many descriptors, then a signal. In verbs' nouns, so that a
 /// verbs or libfabric backend maps onto it call by call.
 ///
-/// Threads: every method but the constructor, the destructor, pin_memory(), describe() and cpus()
-/// runs on the engine's progress thread, so a backend needs no locks. None of those blocks.
-/// Liveness, messages and set-up of authenticated sockets are the engine's; a backend only reports
-/// what its own connections tell it.
+/// Threads: every method but the constructor, the destructor, pin_memory(), small_write(),
+/// describe() and cpus() is called in the engine's turns, one at a time, so a backend needs no
+/// locks. None of those blocks. Liveness, messages and set-up of authenticated sockets are the
+/// engine's; a backend only reports what its own connections tell it.
 class Backend {
  public:
   Backend() = default;
@@ -95,6 +95,9 @@ class Backend {
 
   /// How long to poll after activity before sleeping, where the user did not say.
   [[nodiscard]] virtual std::chrono::microseconds default_spin() const { return {}; }
+
+  /// Bytes of a write that its caller may post itself, where posting copies. Thread-safe.
+  [[nodiscard]] virtual std::uint64_t small_write() const { return 64 << 10; }
 
   /// The slow half of registration. Thread-safe, on the caller's thread: the progress thread must
   /// go on answering heartbeats meanwhile. May be null. The caller owns the memory and keeps it

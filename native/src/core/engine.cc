@@ -15,16 +15,14 @@ namespace {
 /// The progress thread never blocks, so an answer takes microseconds; a loaded host may starve it.
 constexpr std::chrono::seconds kAnswerTimeout{60};
 
-/// A write of this much takes its caller little longer to post than to hand over. Of more, the
-/// caller shall not do the copying that some backends call posting.
-constexpr std::uint64_t kSmallBytes = 64 << 10;
-constexpr std::size_t kSmallSlices = 16;
+/// So many take their caller less to post than to hand over.
+constexpr std::size_t kSmallSlices = 256;
 
-bool is_small(const std::vector<WriteSlice>& slices) {
+bool is_small(const std::vector<WriteSlice>& slices, std::uint64_t max_nbytes) {
   if (slices.size() > kSmallSlices) return false;
   std::uint64_t nbytes = 0;
   for (const WriteSlice& slice : slices) nbytes += slice.nbytes;
-  return nbytes <= kSmallBytes;
+  return nbytes <= max_nbytes;
 }
 
 }  // namespace
@@ -235,7 +233,7 @@ TransferId Engine::write(PeerId peer, std::span<const std::int64_t> local,
   Slices slices = slice_pool_->take();
   slice_rows({local, remote, nbytes}, *local_regions, *remote_regions,
              static_cast<std::uint64_t>(config_.block_size), *slices);
-  const bool small = is_small(*slices);
+  const bool small = is_small(*slices, progress_.small_write());
   TransferId id = 0;
   {
     const std::lock_guard lock(mutex_);

@@ -69,6 +69,7 @@ class Progress {
   [[nodiscard]] std::string_view backend_name() const { return backend_->name(); }
   [[nodiscard]] std::uint8_t lanes() const { return backend_->lanes(); }
   [[nodiscard]] std::string describe() const { return backend_->describe(); }
+  [[nodiscard]] std::uint64_t small_write() const { return backend_->small_write(); }
   /// Any thread.
   [[nodiscard]] std::unique_ptr<PinnedMemory> pin_memory(const MemoryRange& range,
                                                          const MemoryUse& use) {

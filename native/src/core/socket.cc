@@ -121,6 +121,10 @@ void set_liveness_options(int fd, std::chrono::milliseconds peer_timeout) {
 
 std::string IoResult::reason(std::string_view call) const {
   if (error == 0) return "end of stream (the peer's process or its engine is gone)";
+  if (error == ETIMEDOUT) {  // TCP_USER_TIMEOUT, see set_liveness_options()
+    return call_error(call, error,
+                      "nothing acknowledged for peer_timeout_s: the peer's node is unreachable");
+  }
   return call_error(call, error);
 }
 

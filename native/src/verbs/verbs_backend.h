@@ -46,6 +46,8 @@ class VerbsBackend final : public Backend {
   [[nodiscard]] std::vector<std::size_t> cpus() const override;
   [[nodiscard]] bool polls() const override { return true; }
   [[nodiscard]] std::chrono::microseconds default_spin() const override;
+  /// A NIC copies by itself; Soft-RoCE does it within ibv_post_send.
+  [[nodiscard]] std::uint64_t small_write() const override { return 1 << 20; }
   void attach(EventLoop& loop) override;
   [[nodiscard]] std::unique_ptr<PinnedMemory> pin_memory(const MemoryRange& range,
                                                          const MemoryUse& use) override;
