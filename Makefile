@@ -7,7 +7,7 @@ SANITIZERS := address,undefined thread
 # The extension too is built once with warnings as errors.
 BINDINGS = -DPython_EXECUTABLE=$(abspath $(BIN))/python -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)
 
-.PHONY: help setup demo test unit verbs e2e lint native-test stubs clean
+.PHONY: help setup demo test unit verbs slurm e2e lint native-test stubs clean
 .PHONY: bench-engine bench-pd bench-verbs bench-posting faults-verbs cycles-verbs e2e-verbs
 
 help:  ## list the targets
@@ -20,13 +20,16 @@ demo: setup  ## a prompt file through one prefill and one decode engine on this 
 	$(BIN)/rdma-kv batch jobs/examples/prompts.jsonl -o runs/demo/answers.jsonl \
 	  --config $(DEMO_CONFIG) --run-dir runs/demo --concurrency 4 --restart
 
-test: setup lint native-test unit verbs e2e  ## everything that can be tested on one machine
+test: setup lint native-test unit verbs slurm e2e  ## everything that can be tested on one machine
 
-unit: setup  ## tests without vLLM and without guests
-	$(BIN)/python -m pytest -m 'not e2e and not verbs'
+unit: setup  ## tests without vLLM, guests and Slurm
+	$(BIN)/python -m pytest -m 'not e2e and not verbs and not slurm'
 
 verbs: setup  ## the verbs engine on real kernel verbs: guests with Soft-RoCE
 	$(BIN)/python -m pytest -m 'verbs and not e2e'
+
+slurm: setup  ## the Slurm suite on a real Slurm of several nodes, in namespaces
+	$(BIN)/python -m pytest -m 'slurm and not e2e'
 
 e2e: setup  ## tests with real vLLM engines (minutes)
 	$(BIN)/python -m pytest -m 'e2e and not verbs'

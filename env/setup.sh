@@ -13,6 +13,9 @@ PACKAGES=(g++ python3-dev python3-venv libnuma1 libgtest-dev libibverbs-dev)
 # For the tests of the verbs engine: guests with Soft-RoCE.
 PACKAGES+=(qemu-system-x86 busybox-static iproute2 zstd rdma-core ibverbs-utils ibverbs-providers
   perftest)
+# For the tests of the Slurm suite: a Slurm of several nodes, with accounting.
+PACKAGES+=(slurmctld slurmd slurm-client munge slurmdbd slurm-wlm-mysql-plugin mariadb-server-core
+  mariadb-client-core)
 VENV=.venv
 STAMPS=$VENV/.stamps
 

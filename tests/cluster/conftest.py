@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import rdma_kv_cache
-from rdma_kv_cache.cluster.launch import find_mpiexec, mpiexec_command
+from rdma_kv_cache.cluster.launcher import local_launch
 from rdma_kv_cache.config import JobConfig, dump_job
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class Mpi:
         job_file.write_text(dump_job(job))
         program = [sys.executable, str(HERE / "programs" / "world.py"), str(job_file), mode]
         program.append(str(self.folder))
-        command = mpiexec_command(find_mpiexec(), ranks, program) if launch else program
+        command = local_launch(ranks, program).command if launch else program
         environment = {**os.environ, "PYTHONPATH": python_path()}
         done = subprocess.run(
             command, env=environment, timeout=60, check=False, capture_output=True, text=True

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from rdma_kv_cache.cluster import guardian
-from rdma_kv_cache.cluster.launch import Cluster, ClusterError, find_mpiexec
+from rdma_kv_cache.cluster.launch import Cluster
+from rdma_kv_cache.cluster.launcher import ClusterError, find_mpiexec
 from rdma_kv_cache.cluster.run_dir import EngineStatus, RunDir, RunState
 from rdma_kv_cache.config import dump_job
 from tests.cluster.conftest import STANDIN, is_alive, make_job, python_path, wait_until

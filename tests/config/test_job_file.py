@@ -54,7 +54,7 @@ def test_defaults(load: Load) -> None:
     assert job.model.name == "org/model"
     assert job.rdma.block_size == 1 << 20
     assert job.rdma.load_failure_policy == "recompute"
-    assert job.orchestrator.host == "127.0.0.1"
+    assert job.orchestrator.host == "auto"
     assert job.world_size == 3
 
 

@@ -254,6 +254,9 @@ class World:
         self.passed = threading.Event()
         self.cancelled = False
 
+    def bind_host(self) -> str:
+        return "127.0.0.1"
+
     def share_url(self, url: str) -> str:
         self.url = url
         return url

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SIGINT and SIGTERM as events: the first stops, the second abandons what is in flight."""
+"""SIGINT, SIGTERM and SIGUSR1 as events: the first stops, the second abandons what is in flight.
+
+SIGUSR1 is Slurm's warning that the time limit is near (sbatch --signal=B:USR1@...).
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopSignals:

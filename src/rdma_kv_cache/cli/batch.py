@@ -80,7 +80,8 @@ def batch(
 ) -> None:
     """Run the OpenAI Batch lines of PROMPTS (.jsonl or .jsonl.gz): one answer line for each, in order.
 
-    Either --config (starts the job's engines here, and stops them) or --url (a running server).
+    Either --config (starts the job's engines, here or on the nodes of the Slurm job that this runs
+    in, and stops them) or --url (a running server).
     A line that is wrong, or that the server refuses, becomes an error line and stops nothing.
     Finished lines are kept in OUT.progress.jsonl: after a kill the same command continues, and
     lines that failed for a passing reason (429, 5xx, no answer) are tried again.
@@ -91,7 +92,8 @@ def batch(
       1    OUT is complete, and some of its lines are errors (or the engines did not start)
       2    bad input: nothing was run
       3    the server went away, or the disk is full; the same command continues
-      130  stopped by Ctrl-C; 143 by SIGTERM; the same command continues
+      130  stopped by Ctrl-C; 143 by SIGTERM, 138 by SIGUSR1 (Slurm: the time limit is near);
+           the same command continues
 
     \b
     Example:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     _F = TypeVar("_F", bound=Callable[..., Any])
 
 EXIT_BAD_INPUT = 2
+EXIT_TIME_LIMIT = 128 + signal.SIGUSR1
 STOP_TIMEOUT_S = 60.0
 # The orchestrator has the same start timeout and knows the reason better: let it speak first.
 START_MARGIN_S = 30.0
@@ -83,8 +84,10 @@ def load(job_file: Path, overrides: Sequence[str]) -> JobConfig:
 @contextmanager
 def running_cluster(job_file: Path, job: JobConfig, run_dir: Path | None) -> Iterator[Cluster]:
     """Start the job's ranks here, say each stage, and yield the cluster when it serves."""
-    from rdma_kv_cache.cluster.launch import Cluster, ClusterError
+    from rdma_kv_cache.cluster.launch import Cluster
+    from rdma_kv_cache.cluster.launcher import ClusterError
     from rdma_kv_cache.cluster.run_dir import RunDir
+    from rdma_kv_cache.config import JobError
 
     stamp = time.strftime("%Y%m%d-%H%M%S")
     folder = RunDir(run_dir or Path("runs") / f"{job_file.stem}-{stamp}-{os.getpid()}")
@@ -100,6 +103,8 @@ def running_cluster(job_file: Path, job: JobConfig, run_dir: Path | None) -> Ite
             yield cluster
     except KeyboardInterrupt as interrupt:
         raise SystemExit(128 + signal.SIGINT) from interrupt
+    except JobError as error:
+        raise InputError(str(error)) from error
     except ClusterError as error:
         raise click.ClickException(f"{error}\nLogs: {folder.logs}") from error
 
@@ -128,13 +133,17 @@ def say(text: str) -> None:
 
 
 class Terminated(SystemExit):
-    """SIGTERM, as an exception, so that what was started is stopped on the way out."""
+    """A signal to end, as an exception, so that what was started is stopped on the way out."""
 
 
 def raise_on_sigterm() -> None:
-    """From now on SIGTERM raises Terminated in the main thread, as Ctrl-C raises."""
+    """From now on SIGTERM raises Terminated in the main thread, as Ctrl-C raises.
 
-    def handle(_number: int, _frame: FrameType | None) -> NoReturn:
-        raise Terminated(128 + signal.SIGTERM)
+    So does SIGUSR1, Slurm's warning that the time limit is near.
+    """
 
-    signal.signal(signal.SIGTERM, handle)
+    def handle(number: int, _frame: FrameType | None) -> NoReturn:
+        raise Terminated(128 + number)
+
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, handle)

@@ -19,7 +19,7 @@ def config(job_file: Path | None, overrides: tuple[str, ...], keys: bool) -> Non
 
     The command line wins over the environment (MODEL_NAME, MODEL_MAX_LEN, GPU_MEMORY_UTILIZATION,
     TENSOR_PARALLEL_SIZE), that over the job file, that over the site file ($RDMA_KV_SITE, else
-    ~/.config/rdma-kv/site.yaml).
+    ~/.config/rdma-kv/site.yaml). The keys of `site` are for the site file only.
 
     \b
     Example:
@@ -50,9 +50,10 @@ def _print_keys() -> None:
     from rich.table import Table
 
     from rdma_kv_cache.config import key_rows
+    from rdma_kv_cache.slurm.site import SiteFile
 
     table = Table("Key", "Type", "Default", "Meaning", box=SIMPLE)
-    for row in key_rows():
+    for row in (*key_rows(), *key_rows(SiteFile)):
         table.add_row(*row)
     console = Console(markup=False)
     if not console.is_terminal:

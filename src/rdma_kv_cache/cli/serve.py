@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from pathlib import Path  # noqa: TC003 (click calls it)
 from typing import TYPE_CHECKING
@@ -13,29 +14,86 @@ from rdma_kv_cache.cli import common
 
 if TYPE_CHECKING:
     from rdma_kv_cache.cluster.launch import Cluster
+    from rdma_kv_cache.config import JobConfig
+    from rdma_kv_cache.slurm.chain import Link
 
 
 @click.command(short_help="Serve a job's engines at one OpenAI-compatible URL.")
 @common.job_options(required=True)
-def serve(job_file: Path, overrides: tuple[str, ...], run_dir: Path | None) -> None:
+@click.option(
+    "--chain",
+    type=click.IntRange(1, 1000),
+    metavar="JOBS",
+    help="In a Slurm job: submit a successor before the time limit, at most so many, and hand over "
+    "to it when it is READY. All have one API key.",
+)
+def serve(
+    job_file: Path, overrides: tuple[str, ...], run_dir: Path | None, chain: int | None
+) -> None:
     """Serve a job's engines at one OpenAI-compatible URL until Ctrl-C or SIGTERM.
 
-    Requests in flight are answered before it ends. Exit code: 0 after an orderly stop, 1 when the
-    engines do not start or are lost, 2 for a bad job file.
+    Inside a Slurm job the engines run on all of its nodes, else on this machine. Requests in flight
+    are answered before it ends. SIGUSR1 is Slurm's warning that the job's time limit is near.
+
+    \b
+    Exit code:
+      0    after an orderly stop, or after a successor has taken over
+      1    the engines do not start, or are lost
+      2    bad job file
+      138  the time limit came (SIGUSR1) and no successor has taken over
 
     \b
     Example:
       rdma-kv serve --config jobs/configs/smollm2-135m-1p1d-cpu.yaml --set orchestrator.port=8000
+      rdma-kv submit serve --config jobs/configs/llama-3.1-8b-2p2d-a100.yaml --chain 6
     """
+    from rdma_kv_cache.cli.time_limit import TimeLimit
+
     job = common.load(job_file, overrides)
+    link = None if chain is None else _link(chain, run_dir)
+    if link is not None:
+        job = _with_key(job, link)
     common.raise_on_sigterm()
     with common.running_cluster(job_file, job, run_dir) as cluster:
         _introduce(cluster)
+        TimeLimit(cluster, job.slurm.signal_s, link).watch()
+        if link is not None:
+            link.publish(cluster.url)
         try:
             cluster.wait()
-        except (KeyboardInterrupt, common.Terminated):
+        except (KeyboardInterrupt, common.Terminated) as end:
             common.say("Stopping; requests in flight are answered first.")
             cluster.stop(common.STOP_TIMEOUT_S)
+            if isinstance(end, common.Terminated) and end.code == common.EXIT_TIME_LIMIT:
+                raise
+
+
+def _link(length: int, run_dir: Path | None) -> Link:
+    from rdma_kv_cache.slurm import records
+    from rdma_kv_cache.slurm.chain import Link
+    from rdma_kv_cache.slurm.environment import allocation
+    from rdma_kv_cache.slurm.service import open_service
+
+    here = allocation(os.environ)
+    record = None if run_dir is None else records.read(run_dir.absolute().parent)
+    if here is None or run_dir is None or record is None:
+        raise common.InputError(
+            "--chain is for jobs that `rdma-kv submit serve` submitted: only those have a script "
+            "that can be submitted again"
+        )
+    try:
+        service = open_service(record.path.parent, record.name)
+    except OSError as error:
+        raise common.InputError(f"{error.filename}: {error.strerror}") from error
+    return Link(service, here, run_dir.absolute(), length)
+
+
+def _with_key(job: JobConfig, link: Link) -> JobConfig:
+    """Return the job with the service's key, which its clients have already."""
+    if job.orchestrator.api_key != "auto":
+        return job
+    keyed = job.orchestrator.model_copy(update={"api_key": link.service.key()})
+    return job.model_copy(update={"orchestrator": keyed})
 
 
 def _introduce(cluster: Cluster) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import re
 import time
 from typing import TYPE_CHECKING, Protocol
 
@@ -43,6 +44,8 @@ HEALTH_TIMEOUT_S = 2.0
 # A pair that failed tries again with pauses of up to 15 s; one that stays down this many
 # connect timeouts (incompatible engines, no route) will not come up by waiting.
 PAIR_PATIENCE = 3
+# A line a port in the backend's description: "mlx5_0:1 (InfiniBand, ...): why".
+_NIC = re.compile(r"^([\w-]+:\d+) \(", re.MULTILINE)
 
 
 class EngineFailed(Exception):
@@ -74,15 +77,20 @@ class EngineLife:
         api_key: str,
         log_file: Path,
         events: LifeEvents,
+        gpus: Sequence[str] = (),
     ) -> None:
         self.hello = hello
         self.links = Links(hello, peers)
         self.url = ""
+        self.transport = ""
+        """The engine's backend, once a worker has told; so are `nics`, its RDMA ports."""
+        self.nics: list[str] = []
         self._job = job
         self._bind_host = bind_host
         self._api_key = api_key
         self._log_file = log_file
         self._events = events
+        self._gpus = gpus
         self._server = BootstrapServer(hello, self)
         self._process: VllmProcess | None = None
         self._port = 0
@@ -156,6 +164,8 @@ class EngineLife:
     # From the workers (WorkerEvents)
 
     def worker_joined(self, hello: WorkerHello) -> Sequence[ToWorker]:
+        self.transport = hello.backend
+        self.nics = sorted({*self.nics, *_NIC.findall(hello.transport)})
         log.info("worker %s is here: pid %d, %s", hello.worker, hello.pid, hello.transport)
         return self.links.greeting(hello.worker)
 
@@ -193,7 +203,7 @@ class EngineLife:
         self.url = spec.url
         self._events.url_chosen()
         command = vllm_command(self._job, spec)
-        environment = vllm_environment(self._job, spec, os.environ, self._api_key)
+        environment = vllm_environment(self._job, spec, os.environ, self._api_key, self._gpus)
         self._process = await VllmProcess.start(command, environment, self._log_file)
         log.info("%s: vLLM started, pid %d, %s", spec.engine, self._process.pid, spec.url)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import time
 from collections import deque
@@ -18,11 +19,13 @@ import msgspec
 
 from rdma_kv_cache.cluster.engine_life import EngineFailed, EngineLife
 from rdma_kv_cache.cluster.exchange import pack, unpack
+from rdma_kv_cache.cluster.gpus import gpus_of_engine, visible_gpus
 from rdma_kv_cache.cluster.hub_client import HubClient
 from rdma_kv_cache.cluster.roles import new_incarnation
 from rdma_kv_cache.cluster.tasks import cancel
 from rdma_kv_cache.cluster.threads import in_thread
 from rdma_kv_cache.cluster.world import WorldError
+from rdma_kv_cache.config import JobError
 from rdma_kv_cache.protocol.bootstrap import Bundles, PeerDown
 from rdma_kv_cache.protocol.codec import ProtocolError, engine_api_key
 from rdma_kv_cache.protocol.control import Announce, Heartbeat, Relay, Restart, Stop
@@ -60,7 +63,11 @@ async def run(world: World, job: JobConfig, run_dir: RunDir) -> int:
     0 after Stop or SIGTERM, 1 if the engine was given up or the orchestrator is gone. Call it
     from the main thread, and end the process by `os._exit`: a thread may wait in MPI.
     """
-    rank = EngineRank(world, job, run_dir)
+    try:
+        rank = EngineRank(world, job, run_dir)
+    except (JobError, WorldError) as error:
+        log.error("%s: %s", world.engine, error)  # noqa: TRY400 - the text is whole
+        return 1
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, rank.terminate)
     try:
@@ -82,6 +89,7 @@ class EngineRank:
         self._world = world
         self._job = job
         self._bind_host = world.bind_host()
+        self._gpus = gpus_of_engine(world.hello, world.hellos, job, visible_gpus(os.environ))
         self._api_key = engine_api_key(world.secret)
         self._log_file = run_dir.engine_log(world.engine)
         self._state: EngineState = "STARTING"
@@ -160,6 +168,9 @@ class EngineRank:
             peers_expected=len(self._life.links.peers),
             reason=self._reason,
             pid=self._life.pid,
+            gpus=list(self._gpus),
+            nics=self._life.nics,
+            transport=self._life.transport,
         )
 
     # What a life tells (LifeEvents)
@@ -277,6 +288,7 @@ class EngineRank:
             api_key=self._api_key,
             log_file=self._log_file,
             events=self,
+            gpus=self._gpus,
         )
 
     def _set_state(self, state: EngineState, reason: str) -> None:

@@ -109,7 +109,9 @@ class HubClient:
                 try:
                     await self._connect(session)
                 except (aiohttp.ClientError, OSError, ProtocolError, asyncio.TimeoutError) as error:
-                    log.warning("control connection to %s: %r", self._url, error)
+                    log.warning(
+                        "control connection to %s: %s: %s", self._url, type(error).__name__, error
+                    )
                 if self._is_attached:
                     backoff = FIRST_BACKOFF_S
                     self._is_attached, self._away_since = False, time.monotonic()

@@ -1,19 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Starts the ranks of a job on this machine with mpiexec, and ends them."""
+"""Starts the ranks of a job, here or over the Slurm allocation that this runs in, and ends them."""
 
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rdma_kv_cache.cluster import guardian
+from rdma_kv_cache.cluster import guardian, launcher
+from rdma_kv_cache.cluster.launcher import ClusterError
 from rdma_kv_cache.cluster.vllm_process import KILL_TIMEOUT_S, describe_exit
 
 if TYPE_CHECKING:
@@ -24,40 +23,10 @@ if TYPE_CHECKING:
 
 POLL_S = 0.1
 STOP_TIMEOUT_S = 60.0
-# After the orderly way failed: what mpiexec gets to end its ranks before all are killed.
+# After the orderly way failed: what the launcher gets to end its ranks before all are killed.
 TERMINATE_TIMEOUT_S = 5.0
 LOG_TAIL_LINES = 15
 LOG_TAIL_BYTES = 16384
-
-
-class ClusterError(RuntimeError):
-    """The ranks could not be started, or the run failed; the text says why."""
-
-
-def find_mpiexec() -> str:
-    """Return the mpiexec beside this python, else the one on PATH. Raises ClusterError.
-
-    The one beside it comes first: the `mpich` wheel brings launcher and library together, and a
-    launcher of another MPI starts worlds of one rank each.
-    """
-    beside = Path(sys.executable).parent / "mpiexec"
-    found = str(beside) if beside.is_file() else shutil.which("mpiexec")
-    if found is None:
-        raise ClusterError(
-            f"no mpiexec beside {sys.executable} nor on PATH: pip install 'rdma-kv-cache[mpich]'"
-        )
-    return found
-
-
-def mpiexec_command(mpiexec: str, ranks: int, program: list[str]) -> list[str]:
-    """Return the launcher's command line for `ranks` ranks on this machine.
-
-    -disable-auto-cleanup: a rank that dies must not take the others with it (MPICH ends them all
-    by default). -launcher fork: no ssh, and not the nodes of a Slurm job that this may run in.
-    Each rank has a guardian, see there.
-    """
-    options = ["-launcher", "fork", "-disable-auto-cleanup", "-prepend-rank", "-n", str(ranks)]
-    return [mpiexec, *options, *guardian.guarded(program, parent=0)]
 
 
 class Cluster:
@@ -75,12 +44,17 @@ class Cluster:
 
     def __enter__(self) -> Cluster:
         self.run_dir.create()
-        rank = [sys.executable, "-m", "rdma_kv_cache.cli", "rank"]
-        rank += ["--config", str(self._job_file.absolute()), "--run-dir", str(self.run_dir.path)]
-        command = mpiexec_command(find_mpiexec(), self._job.world_size, rank)
+        rank = ["rank", "--config", str(self._job_file.absolute())]
+        rank += ["--run-dir", str(self.run_dir.path)]
+        launch = launcher.choose(self._job, rank, self.run_dir.path, os.environ)
+        for name, text in launch.files.items():
+            script = self.run_dir.path / name
+            script.write_text(text)
+            script.chmod(0o700)
         with self.run_dir.launcher_log.open("ab") as log:
             self._process = subprocess.Popen(
-                guardian.guarded(command, os.getpid()),
+                guardian.guarded(launch.command, os.getpid()),
+                env=launcher.environment_for(launch, os.environ),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=log,
@@ -141,7 +115,7 @@ class Cluster:
         if process.poll() is None:
             self._ask_to_end(process)
             if not _has_ended(process, timeout_s):
-                process.send_signal(signal.SIGTERM)  # mpiexec passes it to every rank
+                process.send_signal(signal.SIGTERM)  # passed on to every rank
             if not _has_ended(process, TERMINATE_TIMEOUT_S):
                 process.send_signal(guardian.KILL_ALL)
             if not _has_ended(process, KILL_TIMEOUT_S):
@@ -151,13 +125,24 @@ class Cluster:
                 )
 
     def _ask_to_end(self, process: subprocess.Popen[str]) -> None:
-        """Send SIGTERM to rank 0, which drains and stops the others; else to all ranks."""
+        """Send SIGTERM to rank 0, which drains and stops the others; else to the launcher.
+
+        Rank 0 is on this host: Slurm runs the batch script on the first node of the first
+        component. An srun that gets SIGTERM itself kills all ranks at once.
+        """
         state = self.run_dir.read_state()
-        pid = 0 if state is None or state.host != socket.gethostname() else state.pid
-        if pid in guardian.descendants(process.pid):
-            os.kill(pid, signal.SIGTERM)
-        else:
+        if state is None or state.host != socket.gethostname() or not self._is_rank(state.pid):
             process.send_signal(signal.SIGTERM)
+        else:
+            os.kill(state.pid, signal.SIGTERM)
+
+    def _is_rank(self, pid: int) -> bool:
+        """Whether `pid` is a rank of this run, and not a later process of that number."""
+        try:
+            words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        except OSError:
+            return False
+        return os.fsencode(self.run_dir.path) in words
 
     def _check(self, is_end_expected: bool = False) -> RunState | None:
         """Return the run's state. Raises ClusterError if it has failed or its processes ended."""
@@ -170,7 +155,7 @@ class Cluster:
         is_orderly = is_end_expected and state is not None and state.state == "DONE"
         if code is not None and not is_orderly:
             raise ClusterError(
-                f"mpiexec {describe_exit(code)} before the run was over; "
+                f"the launcher {describe_exit(code)} before the run was over; "
                 f"{self.run_dir.launcher_log} ends with:\n{_tail(self.run_dir.launcher_log)}"
             )
         return state

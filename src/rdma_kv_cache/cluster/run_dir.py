@@ -45,6 +45,7 @@ class RunDir:
         self.path = Path(path).absolute()
         self.state_file = self.path / "state.json"
         self.api_key_file = self.path / "api.key"
+        self.handover_file = self.path / "handover.url"
         self.logs = self.path / "logs"
         self.launcher_log = self.logs / "mpiexec.log"
         """What the ranks and their launcher say."""
@@ -58,6 +59,7 @@ class RunDir:
         self.logs.mkdir(exist_ok=True)
         self.state_file.unlink(missing_ok=True)
         self.api_key_file.unlink(missing_ok=True)
+        self.handover_file.unlink(missing_ok=True)
 
     def engine_log(self, engine: str) -> Path:
         """Return where the vLLM of `engine` writes."""
@@ -74,6 +76,17 @@ class RunDir:
             return self.api_key_file.read_text().strip()
         except FileNotFoundError:
             return None
+
+    def write_handover(self, url: str) -> None:
+        """Tell the run's orchestrator to send new requests on to `url`."""
+        _replace(self.handover_file, url.encode() + b"\n", 0o600)
+
+    def read_handover(self) -> str:
+        """Return where new requests go; "" while this run serves them itself."""
+        try:
+            return self.handover_file.read_text().strip()
+        except OSError:
+            return ""
 
     def write_state(self, state: RunState) -> None:
         """Replace `state.json`; a reader sees the old or the new one, never a half."""

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rdma_kv_cache.cluster import guardian
+from rdma_kv_cache.cluster.gpus import VARIABLE
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -101,9 +102,15 @@ def vllm_command(job: JobConfig, spec: EngineSpec) -> list[str]:
 
 
 def vllm_environment(
-    job: JobConfig, spec: EngineSpec, base: Mapping[str, str], api_key: str
+    job: JobConfig,
+    spec: EngineSpec,
+    base: Mapping[str, str],
+    api_key: str,
+    gpus: Sequence[str] = (),
 ) -> dict[str, str]:
     """Return `base` with what the engine's vLLM needs; the group's own variables win.
+
+    `gpus` are the engine's own; none leaves the choice to what `base` says.
 
     The key travels in the environment, which only the user's own processes can read.
     """
@@ -112,6 +119,8 @@ def vllm_environment(
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
     }
+    if gpus:
+        environment[VARIABLE] = ",".join(gpus)
     if Path(job.model.name).is_absolute():
         environment["HF_HUB_OFFLINE"] = "1"
     return {**environment, **job.group(spec.role).env, "VLLM_API_KEY": api_key}

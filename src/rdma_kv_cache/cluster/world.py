@@ -9,6 +9,7 @@ Buffers only, nothing is pickled.
 
 from __future__ import annotations
 
+import os
 import secrets
 import socket
 import struct
@@ -18,7 +19,13 @@ from array import array
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from rdma_kv_cache.cluster.roles import ORCHESTRATOR, RankRole, new_incarnation, place_of
+from rdma_kv_cache.cluster.roles import (
+    ORCHESTRATOR,
+    Place,
+    RankRole,
+    new_incarnation,
+    place_of,
+)
 from rdma_kv_cache.config import JobError, Problem
 from rdma_kv_cache.protocol.bootstrap import EngineHello
 from rdma_kv_cache.protocol.codec import MAX_FRAME_BYTES, ProtocolError, sign, verify
@@ -34,6 +41,8 @@ JOIN_TIMEOUT_S = 60.0
 START_MARGIN_S = 30.0
 POLL_S = 0.02
 LOOPBACK = "127.0.0.1"
+ROLE_VARIABLE = "ROLE"
+"""Set by the launcher in each component of a heterogeneous job: prefill or decode."""
 
 _LENGTH = struct.Struct("<I")
 
@@ -143,6 +152,7 @@ def join(job: JobConfig) -> World:
     comm = mpi.COMM_WORLD
     _check_size(comm.size, job)
     place = place_of(comm.rank, job)
+    _check_component(comm.rank, place, os.environ.get(ROLE_VARIABLE))
     world = World(
         rank=comm.rank,
         size=comm.size,
@@ -221,6 +231,19 @@ def _check_size(size: int, job: JobConfig) -> None:
             f"with -n {job.world_size}, or under Slurm the right srun --mpi=... (pmi2 for MPICH, "
             "pmix for Open MPI)"
         )
+    raise JobError([Problem("MPI world", "", message, remedy)])
+
+
+def _check_component(rank: int, place: Place, component: str | None) -> None:
+    """Raise JobError if a rank of one component of the job got the place of another."""
+    role = "prefill" if place.role == ORCHESTRATOR else place.role
+    if component is None or component == role:
+        return
+    message = f"rank {rank} is {place.engine}, but runs in the {component} component"
+    remedy = (
+        "The components must come in the order prefill, decode, with as many tasks as the job file "
+        "has engines (and one for the orchestrator): use the script of `rdma-kv render`"
+    )
     raise JobError([Problem("MPI world", "", message, remedy)])
 
 

@@ -21,10 +21,10 @@ class KeyRow(NamedTuple):
     description: str
 
 
-def key_rows() -> list[KeyRow]:
-    """Return every key of the job file, in its order."""
+def key_rows(root: type[BaseModel] = JobConfig) -> list[KeyRow]:
+    """Return every key of a file whose sections are the fields of `root`, in its order."""
     rows = []
-    for section, field in JobConfig.model_fields.items():
+    for section, field in root.model_fields.items():
         model: type[BaseModel] = field.annotation  # type: ignore[assignment]
         schema = model.model_json_schema()
         required = schema.get("required", ())

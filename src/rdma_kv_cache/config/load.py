@@ -20,6 +20,8 @@ from rdma_kv_cache.config.yaml_file import parse_scalar, read_mapping
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+SITE_SECTION = "site"
+"""Of the site file: what holds for the site and is no job's key (slurm/site.py)."""
 _ENV_KEYS = {
     "MODEL_NAME": "name",
     "MODEL_MAX_LEN": "max_model_len",
@@ -40,18 +42,31 @@ def load_job(
     """
     path = Path(path)
     layers = Layers()
-    site = _site_file(env)
+    site = site_file(env)
     if site is not None:
-        layers.add(read_mapping(site, "site file"), str(site))
+        defaults = read_mapping(site, "site file")
+        defaults.pop(SITE_SECTION, None)
+        layers.add(defaults, str(site))
     layers.add(read_mapping(path, "job file"), str(path))
     for variable, name in _ENV_KEYS.items():
         if text := env.get(variable):
             value = text if name == "name" else parse_scalar(text)
             layers.set(("model", name), value, f"environment variable {variable}")
     for override in overrides:
-        key, value = _parse_override(override)
+        key, value = parse_override(override)
         layers.set(key, value, "--set")
     return _validate(layers, path)
+
+
+def check_site_file(path: Path) -> None:
+    """Check the defaults for jobs in the site file `path`. Raises JobError naming all that is wrong."""
+    layers = Layers()
+    # A job needs a model, which is no matter of the site.
+    layers.set(("model", "name"), "org/model", "")
+    defaults = read_mapping(path, "site file")
+    defaults.pop(SITE_SECTION, None)
+    layers.add(defaults, str(path))
+    _validate(layers, path)
 
 
 def dump_job(job: JobConfig) -> str:
@@ -78,16 +93,22 @@ def _validate(layers: Layers, path: Path) -> JobConfig:
     return job
 
 
-def _site_file(env: Mapping[str, str]) -> Path | None:
+def site_file(env: Mapping[str, str]) -> Path | None:
+    """Return the site file: $RDMA_KV_SITE, else ~/.config/rdma-kv/site.yaml if there is one."""
     if named := env.get("RDMA_KV_SITE"):
         return Path(named)
-    if home := env.get("HOME"):
-        usual = Path(home) / ".config" / "rdma-kv" / "site.yaml"
-        return usual if usual.is_file() else None
-    return None
+    usual = usual_site_file(env)
+    return usual if usual is not None and usual.is_file() else None
 
 
-def _parse_override(text: str) -> tuple[tuple[str, ...], Any]:
+def usual_site_file(env: Mapping[str, str]) -> Path | None:
+    """Return where a user's site file is looked for; None without a home."""
+    home = env.get("HOME")
+    return Path(home) / ".config" / "rdma-kv" / "site.yaml" if home else None
+
+
+def parse_override(text: str) -> tuple[tuple[str, ...], Any]:
+    """Return key and value of a `section.key=value` text. Raises JobError."""
     name, equals, value = text.partition("=")
     parts = tuple(name.strip().split("."))
     if not equals or len(parts) < 2 or not all(parts):

@@ -36,6 +36,11 @@ Bytes = Annotated[
 Text = Annotated[str, BeforeValidator(_whole_number_as_text)]
 # YAML has lists; a tuple keeps the object immutable. The items stay strict.
 Texts = Annotated[tuple[Text, ...], Field(strict=False)]
+TimeLimit = Annotated[Text, Field(pattern=r"^(\d+-)?\d+(:\d{1,2}){0,2}$")]
+Memory = Annotated[Text, Field(pattern=r"^\d+[KMGTkmgt]?$")]
+SbatchOptions = Annotated[
+    tuple[Annotated[str, Field(pattern=r"^--[a-z][^\n]*$")], ...], Field(strict=False)
+]
 Seconds = Annotated[float, Field(gt=0, le=86400)]
 Port = Annotated[int, Field(ge=1, le=65535)]
 
@@ -156,7 +161,10 @@ class OrchestratorConfig(Section):
     """Rank 0: the HTTP service and the supervision of the engines."""
 
     host: str = Field(
-        default="127.0.0.1", min_length=1, description="Address that the service binds"
+        default="auto",
+        min_length=1,
+        description="Address that the service binds; auto takes loopback if all ranks share one "
+        "host, else the address that the other nodes reach",
     )
     port: Literal["auto"] | Port = Field(
         default="auto", description="Its port; auto takes a free one"
@@ -202,18 +210,56 @@ class OrchestratorConfig(Section):
 class SlurmConfig(Section):
     """What the job asks Slurm for."""
 
-    account: str | None = Field(default=None, description="Slurm --account")
-    partition: str | None = Field(default=None, description="Slurm --partition")
-    time: str | None = Field(
+    account: Text | None = Field(default=None, description="Slurm --account")
+    partition: Text | None = Field(default=None, description="Slurm --partition")
+    qos: str | None = Field(default=None, description="Slurm --qos")
+    time: TimeLimit | None = Field(
+        default=None, description="Slurm --time: minutes, h:mm:ss or d-h:mm:ss"
+    )
+    signal_s: int = Field(
+        default=300,
+        ge=0,
+        le=65535,
+        description="How long before the time limit the job is told to drain, s; 0: not at all",
+    )
+    one_component: bool = Field(
+        default=False,
+        description="One plain job, split by rank, where all GPUs are alike; else a heterogeneous "
+        "job of two components, prefill and decode",
+    )
+    nodes: int | None = Field(
         default=None,
-        pattern=r"^(\d+-)?\d+(:\d{1,2}){0,2}$",
-        description="Slurm --time: minutes, h:mm:ss or d-h:mm:ss",
+        ge=1,
+        le=4096,
+        description="Nodes of a job of one component; null adds prefill.nodes and decode.nodes",
+    )
+    cpus_per_task: int | None = Field(
+        default=None, ge=1, le=4096, description="Slurm --cpus-per-task, CPUs of one engine"
+    )
+    mem: Memory | None = Field(
+        default=None, description="Slurm --mem of one node, e.g. 200G; 0 is all of it"
+    )
+    exclusive: bool = Field(default=False, description="Slurm --exclusive: whole nodes")
+    segment: int | None = Field(
+        default=None, ge=1, le=4096, description="Slurm --segment: nodes that stand together"
+    )
+    options: SbatchOptions = Field(
+        default=(),
+        description="Further options of sbatch for each component, e.g. [--reservation=x]",
     )
     modules: Texts = Field(default=(), description="Environment modules to load, in order")
     setup: Texts = Field(
-        default=(), description="Shell lines run on each node before the ranks start"
+        default=(),
+        description="Shell lines of the batch script; the ranks on all nodes get its environment",
     )
-    mpi: str | None = Field(default=None, description="srun --mpi, e.g. pmix or pmi2")
+    mpi: str | None = Field(
+        default=None, description="srun --mpi, e.g. pmix; null takes pmi2, which MPICH speaks"
+    )
+    launcher: Literal["srun", "mpiexec"] = Field(
+        default="srun",
+        description="What starts the ranks: srun, or MPICH's mpiexec with srun in place of ssh, "
+        "for sites whose srun knows no PMI of this MPI",
+    )
 
 
 class JobConfig(Section):

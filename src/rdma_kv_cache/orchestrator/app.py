@@ -21,6 +21,7 @@ from rdma_kv_cache.orchestrator.state import Progress, describe_engine
 if TYPE_CHECKING:
     from rdma_kv_cache.orchestrator.admission import Admission
     from rdma_kv_cache.orchestrator.engines import Registry
+    from rdma_kv_cache.orchestrator.handover import Handover
     from rdma_kv_cache.orchestrator.hub import Hub
     from rdma_kv_cache.orchestrator.metrics import Metrics
     from rdma_kv_cache.orchestrator.router import Router
@@ -48,6 +49,7 @@ class Gateway:
     session: aiohttp.ClientSession
     progress: Progress
     api_key: str | None
+    handover: Handover
 
     def build_app(self, max_body_bytes: int = MAX_BODY_BYTES) -> web.Application:
         """Return the application."""
@@ -73,9 +75,12 @@ class Gateway:
     async def _serve(self, request: web.Request) -> web.StreamResponse:
         status = 500
         try:
-            self._check_ready()
-            with self.admission.admit():
-                response = await self.router.serve(request)
+            if self.handover.url:
+                response = await self.handover.forward(request)
+            else:
+                self._check_ready()
+                with self.admission.admit():
+                    response = await self.router.serve(request)
             status = response.status
         except (ApiError, web.HTTPException) as error:
             status = error.status
@@ -97,7 +102,9 @@ class Gateway:
             async with self.session.get(decodes[0].url + "/v1/models", timeout=timeout) as answer:
                 body = await answer.read()
         except (aiohttp.ClientError, asyncio.TimeoutError, OSError) as error:
-            raise ApiError(502, "engine_failure", f"{decodes[0].name}: {error!r}") from error
+            raise ApiError(
+                502, "engine_failure", f"{decodes[0].name}: {type(error).__name__}: {error}"
+            ) from error
         return web.Response(status=answer.status, body=body, content_type=answer.content_type)
 
     async def _health(self, _request: web.Request) -> web.StreamResponse:

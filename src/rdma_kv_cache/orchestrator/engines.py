@@ -39,6 +39,9 @@ class Engine:
     reason: str = ""
     restarts: int = 0
     pid: int = 0
+    gpus: list[str] = field(default_factory=list)
+    nics: list[str] = field(default_factory=list)
+    transport: str = ""
     peers_connected: int = 0
     peers_expected: int = 0
     last_heartbeat: float | None = None
@@ -125,6 +128,8 @@ class Registry:
         """Take in a heartbeat; READY counts only for the announced, not condemned incarnation."""
         engine.last_heartbeat = time.monotonic()
         engine.restarts, engine.pid = message.restarts, message.pid
+        engine.gpus, engine.nics = message.gpus, message.nics
+        engine.transport = message.transport
         if message.incarnation == engine.incarnation:
             engine.peers_connected = message.peers_connected
             engine.peers_expected = message.peers_expected

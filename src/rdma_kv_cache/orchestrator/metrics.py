@@ -25,7 +25,13 @@ SCRAPE_TIMEOUT_S = 2.0
 _TTFT_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 _PREFIX = "vllm:rdma_kv_"
 _VLLM_SERIES = frozenset(
-    {"vllm:kv_cache_usage_perc", "vllm:num_requests_running", "vllm:num_requests_waiting"}
+    {
+        "vllm:generation_tokens",
+        "vllm:kv_cache_usage_perc",
+        "vllm:num_requests_running",
+        "vllm:num_requests_waiting",
+        "vllm:prompt_tokens",
+    }
 )
 
 
@@ -126,7 +132,11 @@ async def _scrape(
             response.raise_for_status()
             text = await response.text()
         families = [m for m in text_string_to_metric_families(text) if _is_selected(m)]
+    except aiohttp.ClientResponseError as error:
+        # Not the error itself: it shows the request, and with it the engines' key.
+        log.warning("%s: no metrics: HTTP %d %s", engine.name, error.status, error.message)
+        return None
     except (aiohttp.ClientError, asyncio.TimeoutError, OSError, ValueError) as error:
-        log.warning("%s: no metrics: %r", engine.name, error)
+        log.warning("%s: no metrics: %s", engine.name, error or type(error).__name__)
         return None
     return engine, families

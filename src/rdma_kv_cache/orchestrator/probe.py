@@ -51,7 +51,7 @@ async def serve_probe(
         async with attempt(session, COMPLETIONS, body, prefill, decode, timeout_s) as running:
             answer = running.answer
     except (LegError, aiohttp.ClientError, asyncio.TimeoutError, OSError, ValueError) as error:
-        raise ProbeError(f"{who} did not serve a probe: {error!r}") from error
+        raise ProbeError(f"{who} did not serve a probe: {type(error).__name__}: {error}") from error
     if answer.status != 200:
         text = answer.body[:300].decode("utf-8", "replace")
         raise ProbeError(f"{who} did not serve a probe: HTTP {answer.status}: {text}")

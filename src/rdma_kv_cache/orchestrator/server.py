@@ -18,6 +18,7 @@ from rdma_kv_cache.orchestrator.admission import Admission
 from rdma_kv_cache.orchestrator.app import Gateway
 from rdma_kv_cache.orchestrator.auth import resolve_key
 from rdma_kv_cache.orchestrator.engines import Engine, Registry
+from rdma_kv_cache.orchestrator.handover import Handover
 from rdma_kv_cache.orchestrator.health import Monitor
 from rdma_kv_cache.orchestrator.hub import Hub
 from rdma_kv_cache.orchestrator.legs import open_session
@@ -53,6 +54,9 @@ class World(Protocol):
     @property
     def hellos(self) -> Sequence[EngineHello]:
         """The engines' hellos, in rank order."""
+
+    def bind_host(self) -> str:
+        """Return the address that the other ranks reach."""
 
     def share_url(self, url: str) -> str:
         """Tell all ranks the service's URL."""
@@ -99,6 +103,7 @@ class Server:
         self._progress = Progress(run_dir, self._registry, api_key)
         self._admission = Admission(job.orchestrator.max_inflight)
         self._monitor = Monitor(self._registry, self._hub, session, job)
+        self._handover = Handover(run_dir, session, job.orchestrator.request_timeout_s)
         metrics = Metrics(self._admission, self._registry)
         router = Router(self._registry, session, metrics, job.orchestrator)
         self._gateway = Gateway(
@@ -110,6 +115,7 @@ class Server:
             session,
             self._progress,
             api_key,
+            self._handover,
         )
         self._changed = asyncio.Event()
         self._registry.listeners.append(lambda _engine: self._changed.set())
@@ -123,9 +129,11 @@ class Server:
             shutdown_timeout=_CLEANUP_TIMEOUT_S,
         )
         monitor: asyncio.Task[None] | None = None
+        handover: asyncio.Task[None] | None = None
         try:
             await self._bind(runner)
             monitor = asyncio.ensure_future(self._monitor.run())
+            handover = asyncio.ensure_future(self._handover.watch())
             await _until(stop, self._bring_up_and_watch(), monitor)
             await self._drain()
             await _cancel(monitor)
@@ -142,14 +150,17 @@ class Server:
             return 0
         finally:
             self._world.cancel()
-            if monitor is not None:
-                await _cancel(monitor)
+            for task in (monitor, handover):
+                if task is not None:
+                    await _cancel(task)
             await runner.cleanup()
 
     async def _bind(self, runner: web.AppRunner) -> None:
         """Bind first and publish the address that came of it."""
         await runner.setup()
         host = self._settings.host
+        if host == "auto":
+            host = self._world.bind_host()
         port = 0 if self._settings.port == "auto" else self._settings.port
         try:
             await web.TCPSite(runner, host, port).start()

@@ -37,6 +37,9 @@ class Heartbeat(msgspec.Struct, frozen=True, tag="heartbeat"):
     peers_expected: int
     reason: str = ""
     pid: int = 0
+    gpus: list[str] = []
+    nics: list[str] = []
+    transport: str = ""
 
 
 class Announce(msgspec.Struct, frozen=True, tag="announce"):

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `serve` does from Slurm's warning (SIGUSR1) to the time limit of its job."""
+
+from __future__ import annotations
+
+import signal
+import time
+from typing import TYPE_CHECKING
+
+from rdma_kv_cache.cli import common
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+    from rdma_kv_cache.cluster.launch import Cluster
+    from rdma_kv_cache.slurm.chain import Link
+
+# The drain takes at most half a minute and the engines' end a quarter, before Slurm kills.
+RESERVE_S = 50.0
+POLL_S = 1.0
+LINGER_S = 60.0
+"""How long requests are sent on after the service has moved, for clients that know the old URL."""
+
+
+class TimeLimit:
+    """Signal handlers of the main thread; they raise common.Terminated when serving must end.
+
+    `warning_s`: how long before the limit the warning comes, at least. With a `link` the warning
+    makes it submit its successor, and a successor that serves makes this job hand over and end.
+    """
+
+    def __init__(self, cluster: Cluster, warning_s: float, link: Link | None) -> None:
+        self._cluster = cluster
+        self._warning_s = warning_s
+        self._link = link
+        self._end_at = 0.0
+        self._has_handed_over = False
+
+    def watch(self) -> None:
+        """Take over SIGUSR1 and SIGALRM."""
+        signal.signal(signal.SIGALRM, self._look)
+        signal.signal(signal.SIGUSR1, self._warned)
+
+    def _warned(self, _number: int, _frame: FrameType | None) -> None:
+        if self._end_at:
+            return
+        left = max(self._warning_s - RESERVE_S, 0.0)
+        self._end_at = time.monotonic() + left
+        common.say(f"The job's time limit is near: it serves {left:.0f} s more.")
+        if self._link is not None:
+            self._submit(self._link)
+        signal.setitimer(signal.ITIMER_REAL, 0.01, POLL_S)
+
+    def _submit(self, link: Link) -> None:
+        from rdma_kv_cache.slurm.programs import SlurmError
+
+        try:
+            successor = link.submit_successor()
+        except (SlurmError, OSError) as error:
+            common.say(f"No successor: {error}")
+            return
+        common.say(
+            f"Submitted the successor, job {successor}"
+            if successor
+            else f"No successor: the chain has its {link.length} (--chain)"
+        )
+
+    def _look(self, _number: int, _frame: FrameType | None) -> None:
+        if self._link is not None and not self._has_handed_over:
+            self._hand_over(self._link)
+        if time.monotonic() >= self._end_at:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            raise common.Terminated(0 if self._has_handed_over else common.EXIT_TIME_LIMIT)
+
+    def _hand_over(self, link: Link) -> None:
+        current = link.moved_to()
+        if current is None:
+            return
+        self._has_handed_over = True
+        self._cluster.run_dir.write_handover(current.url)
+        self._end_at = min(self._end_at, time.monotonic() + LINGER_S)
+        common.say(f"Job {current.job_id} serves now, at {current.url}")

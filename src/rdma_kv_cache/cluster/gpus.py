@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which GPUs of its host an engine uses: the engines of a host share them out in rank order."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rdma_kv_cache.config import JobError, Problem
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from rdma_kv_cache.config import JobConfig, Role
+    from rdma_kv_cache.protocol.bootstrap import EngineHello
+
+VARIABLE = "CUDA_VISIBLE_DEVICES"
+FIRST_NODE_VARIABLE = "RDMA_KV_FIRST_NODE_GPUS"
+"""What mpiexec, started through srun, must keep from the other nodes."""
+DRIVER = Path("/proc/driver/nvidia/gpus")
+
+
+def visible_gpus(env: Mapping[str, str], driver: Path = DRIVER) -> list[str]:
+    """Return the GPUs that this process may use: what Slurm or the user says, else all.
+
+    Names as CUDA_VISIBLE_DEVICES takes them: indices or UUIDs.
+    """
+    given = env.get(VARIABLE, env.get(FIRST_NODE_VARIABLE))
+    if given is not None:
+        return [name.strip() for name in given.split(",") if name.strip()]
+    try:
+        return [str(index) for index, _ in enumerate(driver.iterdir())]
+    except OSError:
+        return []
+
+
+def gpus_of_engine(
+    hello: EngineHello, hellos: Sequence[EngineHello], job: JobConfig, visible: Sequence[str]
+) -> list[str]:
+    """Return the engine's share of `visible`; empty where there is no GPU or its `env` chooses.
+
+    Raises JobError if the engines of this host need more GPUs than there are.
+    """
+    role: Role = "prefill" if hello.role == "prefill" else "decode"
+    if not visible or VARIABLE in job.group(role).env:
+        return []
+    here = [h.engine for h in hellos if h.host == hello.host and h.role in ("prefill", "decode")]
+    each = job.model.tensor_parallel_size
+    if len(here) * each > len(visible):
+        message = (
+            f"host {hello.host} has {len(visible)} GPU(s) for this job ({','.join(visible)}), but "
+            f"its engines {', '.join(here)} need {len(here) * each} ({each} each)"
+        )
+        remedy = (
+            "Ask for more GPUs (gres) or nodes, fewer engines or a smaller tensor_parallel_size; "
+            f"engines that shall share a GPU name it themselves (env: {{{VARIABLE}: ...}})"
+        )
+        raise JobError([Problem("GPUs", "", message, remedy)])
+    first = here.index(hello.engine) * each
+    return list(visible[first : first + each])

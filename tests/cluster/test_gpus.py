@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rdma_kv_cache.cluster.gpus import FIRST_NODE_VARIABLE, VARIABLE, gpus_of_engine, visible_gpus
+from rdma_kv_cache.config import JobConfig, JobError
+from rdma_kv_cache.protocol.bootstrap import EngineHello
+
+NOWHERE = Path("/nonexistent")
+
+
+def hellos(*hosts: str) -> list[EngineHello]:
+    """The orchestrator and prefill engines on the first host, the last engine is decode."""
+    roles = ["orchestrator", *["prefill"] * (len(hosts) - 2), "decode"]
+    return [
+        EngineHello(f"{r}-{i}", r, h, i, 1)
+        for i, (r, h) in enumerate(zip(roles, hosts, strict=True))
+    ]
+
+
+def job(**group: object) -> JobConfig:
+    return JobConfig.model_validate(
+        {"model": {"name": "m", "tensor_parallel_size": 2}, "prefill": {"engines": 2, **group}}
+    )
+
+
+def test_engines_of_a_host_share_its_gpus_in_rank_order() -> None:
+    world = hellos("p0", "p0", "p0", "d0")
+    visible = ["4", "5", "6", "7"]
+    found = [gpus_of_engine(hello, world, job(), visible) for hello in world[1:]]
+    assert found == [["4", "5"], ["6", "7"], ["4", "5"]]
+
+
+def test_too_few_gpus_are_named() -> None:
+    world = hellos("p0", "p0", "p0", "d0")
+    with pytest.raises(JobError, match=r"host p0 has 2 GPU.*prefill-1, prefill-2 need 4"):
+        gpus_of_engine(world[1], world, job(), ["0", "1"])
+
+
+def test_no_choice_without_gpus_or_where_the_job_chooses() -> None:
+    world = hellos("p0", "p0", "p0", "d0")
+    assert gpus_of_engine(world[1], world, job(), []) == []
+    assert gpus_of_engine(world[1], world, job(env={VARIABLE: "0"}), ["0"]) == []
+
+
+def test_visible(tmp_path: Path) -> None:
+    assert visible_gpus({VARIABLE: "GPU-a, GPU-b"}) == ["GPU-a", "GPU-b"]
+    assert visible_gpus({VARIABLE: ""}, tmp_path) == []
+    assert visible_gpus({FIRST_NODE_VARIABLE: "0,1"}) == ["0", "1"]
+    assert visible_gpus({}, NOWHERE) == []
+    for name in ("0000:3b:00.0", "0000:5e:00.0"):
+        (tmp_path / name).mkdir()
+    assert visible_gpus({}, tmp_path) == ["0", "1"]

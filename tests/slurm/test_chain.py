@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A chain of serving jobs under client load, on a real Slurm with stand-in engines."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+import aiohttp
+import pytest
+import yaml
+
+from rdma_kv_cache.slurm.service import Current, Service
+from tests.cluster.conftest import STANDIN, python_path
+from tests.slurm.machine import poll
+
+if TYPE_CHECKING:
+    from tests.slurm import Lab
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(300)]
+
+RDMA_KV = (sys.executable, "-m", "rdma_kv_cache.cli")
+START_S = 60.0
+AFTER_S = 8.0
+CLIENTS = 4
+
+
+def job_file() -> dict[str, Any]:
+    """Two of these fit the lab."""
+    return {
+        "model": {"name": "org/model", "max_model_len": 128},
+        "prefill": {"engines": 1, "constraint": "prefill"},
+        "decode": {"engines": 1, "constraint": "decode"},
+        "slurm": {"time": "10", "signal_s": 120},
+    }
+
+
+class Load:
+    """Clients that retry: on any failure they look up where the service is now."""
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+        self.answered = 0
+        self.retried = 0
+        self.failed: list[str] = []
+        self.stopping = False
+
+    async def run(self) -> None:
+        headers = {"Authorization": f"Bearer {self.service.key()}"}
+        async with aiohttp.ClientSession(headers=headers) as session:
+            await asyncio.gather(*(self._client(session) for _ in range(CLIENTS)))
+
+    async def _client(self, session: aiohttp.ClientSession) -> None:
+        url = self._url()
+        while not self.stopping:
+            for _ in range(20):
+                try:
+                    await self._ask(session, url)
+                except (aiohttp.ClientError, asyncio.TimeoutError, OSError) as error:
+                    said = repr(error)
+                    self.retried += 1
+                    await asyncio.sleep(0.5)
+                    url = self._url()
+                else:
+                    self.answered += 1
+                    break
+            else:
+                self.failed.append(said)
+
+    async def _ask(self, session: aiohttp.ClientSession, url: str) -> None:
+        body = {"model": "org/model", "prompt": [1, 2, 3], "max_tokens": 4}
+        async with session.post(url + "/v1/completions", json=body) as answer:
+            text = await answer.text()
+            if answer.status != 200:
+                raise aiohttp.ClientError(f"{answer.status} {text}")
+
+    def _url(self) -> str:
+        current = self.service.current()
+        assert current is not None
+        return current.url
+
+
+def test_successor_takes_over_without_a_failed_request(lab: Lab) -> None:
+    place = lab.shared / "chain"
+    place.mkdir()
+    (place / "job.yaml").write_text(yaml.safe_dump(job_file()))
+    env = {"HOME": str(place), "PYTHONPATH": python_path(STANDIN)}
+    said = lab.check(
+        *RDMA_KV, "submit", "serve", "--config", "job.yaml", "--runs", "runs", "--json", "--no-model-check",
+        "--chain", "1", cwd=place, env=env,
+    )  # fmt: skip
+    first = json.loads(said)["job_id"]
+    service = Service(place / "runs" / "job.service")
+    assert poll(lambda: service.current() is not None, START_S), lab.log()
+    assert current_of(service).job_id == first
+
+    load = Load(service)
+    with lab.network():
+        asyncio.run(play(lab, load, first))
+
+    print(f"{load.answered} answered, {load.retried} retries")
+    assert load.failed == []
+    assert load.answered > 20
+    second = current_of(service)
+    assert second.job_id != first
+    assert second.generation == 1
+    lab.wait_for(first, "COMPLETED")
+    # The second one is the last of its chain.
+    lab.check("scancel", "--batch", "--signal=USR1", str(second.job_id))
+    output = place / "runs" / f"job-{second.job_id}.out"
+    assert poll(lambda: "the chain has its 1" in output.read_text(), 20)
+    lab.check("scancel", str(second.job_id))
+    lab.wait_for(second.job_id, "CANCELLED", "COMPLETED")
+
+
+async def play(lab: Lab, load: Load, first: int) -> None:
+    """Load before, while and after the service moves and the first job ends."""
+    running = asyncio.create_task(load.run())
+    await asyncio.sleep(1)
+    lab.check("scancel", "--batch", "--signal=USR1", str(first))
+    deadline = time.monotonic() + START_S + 90
+    while "RUNNING" in lab.states(first).values() and time.monotonic() < deadline:
+        await asyncio.sleep(0.5)
+    await asyncio.sleep(AFTER_S)
+    load.stopping = True
+    await running
+
+
+def current_of(service: Service) -> Current:
+    current = service.current()
+    assert current is not None
+    return current
