@@ -30,7 +30,6 @@ _VLLM_SERIES = frozenset(
         "vllm:kv_cache_usage_perc",
         "vllm:num_requests_running",
         "vllm:num_requests_waiting",
-        "vllm:prompt_tokens",
     }
 )
 
