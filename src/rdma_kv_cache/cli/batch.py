@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rdma_kv_cache.cli import common
+from rdma_kv_cache.cli.chain import chain_option, open_link
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -68,6 +69,10 @@ def _seconds(flag: str, name: str, default: float, text: str) -> Callable[[Any],
     is_flag=True,
     help="Throw away the results of a run that was stopped, and begin anew.",
 )
+@chain_option(
+    "submit a successor now that starts only if this job ends without having done all: at its time "
+    "limit, by preemption, by a lost node. At most so many."
+)
 def batch(
     prompts: Path,
     out: Path,
@@ -76,6 +81,7 @@ def batch(
     run_dir: Path | None,
     url: str | None,
     api_key_file: Path | None,
+    chain: int | None,
     **sending: Any,
 ) -> None:
     """Run the OpenAI Batch lines of PROMPTS (.jsonl or .jsonl.gz): one answer line for each, in order.
@@ -109,10 +115,13 @@ def batch(
         key = _read_key(api_key_file)
         options = BatchOptions(prompts=prompts, out=out, url=url or "", api_key=key, **sending)
         _check_output(options, info)
+        fallback = None if chain is None else _submit_fallback(chain, run_dir)
         if job_file is None:
             result = _run(options, info)
         else:
             result = _run_with_engines(options, info, job_file, overrides, run_dir)
+        if fallback is not None and not result.stopped and not result.retryable:
+            _drop_fallback(fallback)
     except BatchError as error:
         raise common.InputError(str(error)) from error
     _report(result, out)
@@ -149,6 +158,28 @@ def _run_with_engines(
         common.say("Stopping the engines.")
         cluster.stop(common.STOP_TIMEOUT_S)
     return result
+
+
+def _submit_fallback(chain: int, run_dir: Path | None) -> int | None:
+    from rdma_kv_cache.slurm.programs import SlurmError
+
+    try:
+        job_id = open_link(chain, run_dir).submit_fallback()
+    except (SlurmError, OSError) as error:
+        raise click.ClickException(f"--chain: no successor: {error}") from error
+    if job_id is not None:
+        common.say(f"Job {job_id} continues if this one does not get to the end.")
+    return job_id
+
+
+def _drop_fallback(job_id: int) -> None:
+    from rdma_kv_cache.slurm.chain import drop_fallback
+    from rdma_kv_cache.slurm.programs import SlurmError
+
+    try:
+        drop_fallback(job_id)
+    except SlurmError as error:
+        common.say(f"The successor {job_id} is not needed; cancel it: {error}")
 
 
 def why_gone(run_dir: RunDir) -> str:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 from pathlib import Path  # noqa: TC003 (click calls it)
 from typing import TYPE_CHECKING
@@ -11,21 +10,20 @@ from typing import TYPE_CHECKING
 import click
 
 from rdma_kv_cache.cli import common
+from rdma_kv_cache.cli.chain import chain_option, open_link
 
 if TYPE_CHECKING:
     from rdma_kv_cache.cluster.launch import Cluster
     from rdma_kv_cache.config import JobConfig
-    from rdma_kv_cache.slurm.chain import Link
+    from rdma_kv_cache.slurm.chain import Handover
+    from rdma_kv_cache.slurm.service import Service
 
 
 @click.command(short_help="Serve a job's engines at one OpenAI-compatible URL.")
 @common.job_options(required=True)
-@click.option(
-    "--chain",
-    type=click.IntRange(1, 1000),
-    metavar="JOBS",
-    help="In a Slurm job: submit a successor before the time limit, at most so many, and hand over "
-    "to it when it is READY. All have one API key.",
+@chain_option(
+    "submit a successor before the time limit, at most so many, and hand over to it when it is "
+    "READY. All have one API key."
 )
 def serve(
     job_file: Path, overrides: tuple[str, ...], run_dir: Path | None, chain: int | None
@@ -50,15 +48,15 @@ def serve(
     from rdma_kv_cache.cli.time_limit import TimeLimit
 
     job = common.load(job_file, overrides)
-    link = None if chain is None else _link(chain, run_dir)
-    if link is not None:
-        job = _with_key(job, link)
+    handover = None if chain is None else _handover(chain, run_dir)
+    if handover is not None:
+        job = _with_key(job, handover.service)
     common.raise_on_sigterm()
     with common.running_cluster(job_file, job, run_dir) as cluster:
         _introduce(cluster)
-        TimeLimit(cluster, job.slurm.signal_s, link).watch()
-        if link is not None:
-            link.publish(cluster.url)
+        TimeLimit(cluster, job.slurm.signal_s, handover).watch()
+        if handover is not None:
+            handover.publish(cluster.url)
         try:
             cluster.wait()
         except (KeyboardInterrupt, common.Terminated) as end:
@@ -68,31 +66,24 @@ def serve(
                 raise
 
 
-def _link(length: int, run_dir: Path | None) -> Link:
-    from rdma_kv_cache.slurm import records
-    from rdma_kv_cache.slurm.chain import Link
-    from rdma_kv_cache.slurm.environment import allocation
+def _handover(length: int, run_dir: Path | None) -> Handover:
+    from rdma_kv_cache.slurm.chain import Handover
     from rdma_kv_cache.slurm.service import open_service
 
-    here = allocation(os.environ)
-    record = None if run_dir is None else records.read(run_dir.absolute().parent)
-    if here is None or run_dir is None or record is None:
-        raise common.InputError(
-            "--chain is for jobs that `rdma-kv submit serve` submitted: only those have a script "
-            "that can be submitted again"
-        )
+    link = open_link(length, run_dir)
+    assert run_dir is not None  # else open_link refuses
     try:
-        service = open_service(record.path.parent, record.name)
+        service = open_service(link.record.path.parent, link.record.name)
     except OSError as error:
         raise common.InputError(f"{error.filename}: {error.strerror}") from error
-    return Link(service, here, run_dir.absolute(), length)
+    return Handover(link, service, run_dir.absolute())
 
 
-def _with_key(job: JobConfig, link: Link) -> JobConfig:
+def _with_key(job: JobConfig, service: Service) -> JobConfig:
     """Return the job with the service's key, which its clients have already."""
     if job.orchestrator.api_key != "auto":
         return job
-    keyed = job.orchestrator.model_copy(update={"api_key": link.service.key()})
+    keyed = job.orchestrator.model_copy(update={"api_key": service.key()})
     return job.model_copy(update={"orchestrator": keyed})
 
 

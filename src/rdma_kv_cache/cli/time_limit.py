@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from types import FrameType
 
     from rdma_kv_cache.cluster.launch import Cluster
-    from rdma_kv_cache.slurm.chain import Link
+    from rdma_kv_cache.slurm.chain import Handover, Link
 
 # The drain takes at most half a minute and the engines' end a quarter, before Slurm kills.
 RESERVE_S = 50.0
@@ -25,14 +25,14 @@ LINGER_S = 60.0
 class TimeLimit:
     """Signal handlers of the main thread; they raise common.Terminated when serving must end.
 
-    `warning_s`: how long before the limit the warning comes, at least. With a `link` the warning
+    `warning_s`: how long before the limit the warning comes, at least. With a `handover` the warning
     makes it submit its successor, and a successor that serves makes this job hand over and end.
     """
 
-    def __init__(self, cluster: Cluster, warning_s: float, link: Link | None) -> None:
+    def __init__(self, cluster: Cluster, warning_s: float, handover: Handover | None) -> None:
         self._cluster = cluster
         self._warning_s = warning_s
-        self._link = link
+        self._handover = handover
         self._end_at = 0.0
         self._has_handed_over = False
 
@@ -47,8 +47,8 @@ class TimeLimit:
         left = max(self._warning_s - RESERVE_S, 0.0)
         self._end_at = time.monotonic() + left
         common.say(f"The job's time limit is near: it serves {left:.0f} s more.")
-        if self._link is not None:
-            self._submit(self._link)
+        if self._handover is not None:
+            self._submit(self._handover.link)
         signal.setitimer(signal.ITIMER_REAL, 0.01, POLL_S)
 
     def _submit(self, link: Link) -> None:
@@ -66,14 +66,14 @@ class TimeLimit:
         )
 
     def _look(self, _number: int, _frame: FrameType | None) -> None:
-        if self._link is not None and not self._has_handed_over:
-            self._hand_over(self._link)
+        if self._handover is not None and not self._has_handed_over:
+            self._hand_over(self._handover)
         if time.monotonic() >= self._end_at:
             signal.setitimer(signal.ITIMER_REAL, 0)
             raise common.Terminated(0 if self._has_handed_over else common.EXIT_TIME_LIMIT)
 
-    def _hand_over(self, link: Link) -> None:
-        current = link.moved_to()
+    def _hand_over(self, handover: Handover) -> None:
+        current = handover.moved_to()
         if current is None:
             return
         self._has_handed_over = True

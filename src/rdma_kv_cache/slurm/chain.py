@@ -1,8 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A serving job that submits its successor before its own time is up.
+"""Jobs that follow each other, each submitted by the one before.
 
-The successor publishes itself when it is READY; only then the old job hands over: its orchestrator
-sends new requests on while those in flight are answered, and after a while it ends.
+A serving job submits its successor before its own time is up. That one publishes itself when it is
+READY; only then the old job hands over: its orchestrator sends new requests on while those in
+flight are answered, and after a while it ends.
+
+A batch job submits its successor when it starts: Slurm holds that one until the job has ended, and
+drops it if the job has done all. So it does not matter what the job ends of: a lost node,
+preemption and the time limit are alike.
 """
 
 from __future__ import annotations
@@ -21,52 +26,52 @@ from rdma_kv_cache.slurm.service import Current
 from rdma_kv_cache.slurm.submit import job_id_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from rdma_kv_cache.slurm.environment import Allocation
+    from rdma_kv_cache.slurm.records import Record
     from rdma_kv_cache.slurm.service import Service
 
 
-@dataclass
+@dataclass(frozen=True)
 class Link:
-    """This job's place in the chain. `length`: how many jobs may follow the first one."""
+    """This job's place in a chain. `length`: how many jobs may follow the first one."""
 
-    service: Service
     here: Allocation
-    run_dir: Path
+    record: Record
     length: int
-    generation: int = 0
-    successor: int | None = None
 
-    def publish(self, url: str) -> None:
-        """This job is READY: the service moves here. Raises OSError."""
-        before = self.service.current()
-        self.generation = 0 if before is None else before.generation + 1
-        current = Current(self.here.job_id, url, str(self.run_dir), self.generation)
-        self.service.publish(current)
+    @property
+    def generation(self) -> int:
+        """How many jobs came before this one."""
+        count, record = 0, self.record
+        while record.predecessor is not None and count < self.length:
+            count += 1
+            folder = records.job_folder(record.path.parent, record.name, record.predecessor)
+            before = records.read(folder)
+            if before is None:
+                break
+            record = before
+        return count
 
-    def moved_to(self) -> Current | None:
-        """Return the job that has taken the service over from this one."""
-        current = self.service.current()
-        return None if current is None or current.job_id == self.here.job_id else current
-
-    def submit_successor(self, env: Mapping[str, str] = os.environ) -> int | None:
+    def submit_successor(
+        self, options: Sequence[str] = (), env: Mapping[str, str] = os.environ
+    ) -> int | None:
         """Submit this job's own script once more; None if the chain has its length.
 
-        Raises SlurmError, OSError.
+        `options` are sbatch's. Raises SlurmError, OSError.
         """
         if self.generation >= self.length:
             return None
-        folder = self.run_dir.parent
-        script = folder / records.SCRIPT_FILE
-        record = records.read(folder)
-        if record is None or not script.is_file():
-            raise SlurmError(f"{folder} has no {records.RECORD_FILE} or {records.SCRIPT_FILE}")
-        job_id = job_id_of(run(["sbatch", "--parsable", str(script)], outside(env)))
-        following = records.job_folder(folder.parent, record.name, job_id)
+        script = self.record.path / records.SCRIPT_FILE
+        if not script.is_file():
+            raise SlurmError(f"there is no {script}: only a submitted job has a script")
+        said = run(["sbatch", "--parsable", *options, str(script)], outside(env))
+        job_id = job_id_of(said)
+        following = records.job_folder(self.record.path.parent, self.record.name, job_id)
         successor = msgspec.structs.replace(
-            record,
+            self.record,
             job_id=job_id,
             folder=str(following),
             submitted=time.time(),
@@ -75,5 +80,34 @@ class Link:
         )
         records.write(successor)
         (following / records.SCRIPT_FILE).write_bytes(script.read_bytes())
-        self.successor = job_id
         return job_id
+
+    def submit_fallback(self) -> int | None:
+        """Submit a successor that starts only if this job fails. Raises SlurmError, OSError."""
+        dependency = f"--dependency=afternotok:{self.here.job_id}"
+        return self.submit_successor([dependency, "--kill-on-invalid-dep=yes"])
+
+
+def drop_fallback(job_id: int) -> None:
+    """Cancel a successor that is not needed. Raises SlurmError."""
+    run(["scancel", str(job_id)])
+
+
+@dataclass(frozen=True)
+class Handover:
+    """A serving job's part of it: `service` is what clients know."""
+
+    link: Link
+    service: Service
+    run_dir: Path
+
+    def publish(self, url: str) -> None:
+        """This job is READY: the service moves here. Raises OSError."""
+        job_id, run_dir = self.link.here.job_id, str(self.run_dir)
+        self.service.publish(Current(job_id, url, run_dir, self.link.generation))
+
+    def moved_to(self) -> Current | None:
+        """Return the job that has taken the service over from this one."""
+        current = self.service.current()
+        is_own = current is None or current.job_id == self.link.here.job_id
+        return None if is_own else current

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A batch that loses its job on the way, on a real Slurm with stand-in engines."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import yaml
+
+from rdma_kv_cache.slurm import records
+from tests.cluster.conftest import STANDIN, python_path
+from tests.slurm.machine import poll
+from tests.slurm.standin import RDMA_KV
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tests.slurm import Lab
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(240)]
+
+PROMPTS = 3000
+CONCURRENCY = 8
+LIMIT_S = 90.0
+JOB = {
+    "model": {"name": "org/model", "max_model_len": 128},
+    "prefill": {"engines": 1, "constraint": "prefill"},
+    "decode": {"engines": 1, "constraint": "decode"},
+    "slurm": {"time": "10", "signal_s": 60},
+}
+
+
+@pytest.fixture
+def place(lab: Lab, request: pytest.FixtureRequest) -> Path:
+    folder = lab.shared / request.node.name.replace("[", "-").strip("]")
+    folder.mkdir()
+    (folder / "job.yaml").write_text(yaml.safe_dump(JOB))
+    with (folder / "in.jsonl").open("w") as file:
+        for index in range(PROMPTS):
+            body = {"model": "org/model", "prompt": [1, index], "max_tokens": 2}
+            line = {"custom_id": str(index), "method": "POST", "url": "/v1/completions"}
+            file.write(json.dumps({**line, "body": body}) + "\n")
+    return folder
+
+
+def submit(lab: Lab, place: Path) -> records.Record:
+    """`rdma-kv submit batch --chain 1` there."""
+    said = lab.check(
+        *RDMA_KV, "submit", "batch", "in.jsonl", "-o", "out.jsonl", "--config", "job.yaml",
+        "--runs", "runs", "--json", "--no-model-check",
+        "--chain", "1", "--concurrency", str(CONCURRENCY),
+        cwd=place, env={"HOME": str(place), "PYTHONPATH": python_path(STANDIN)},
+    )  # fmt: skip
+    record = records.read(Path(json.loads(said)["folder"]))
+    assert record is not None
+    return record
+
+
+def successor_of(record: records.Record) -> records.Record | None:
+    """The job that names this one as its predecessor."""
+    jobs = records.read_all(record.path.parent)
+    return next((job for job in jobs if job.predecessor == record.job_id), None)
+
+
+def lines_done(place: Path) -> int:
+    progress = place / "out.jsonl.progress.jsonl"
+    return len(progress.read_bytes().splitlines()) if progress.exists() else 0
+
+
+def warn_of_the_time_limit(lab: Lab, job: int) -> None:
+    lab.check("scancel", "--batch", "--signal=USR1", str(job))
+
+
+def lose_the_decode_node(lab: Lab, job: int) -> None:
+    node = next(n for n in lab.nodes if n.startswith("d") and is_allocated(lab, n))
+    lab.check("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
+
+
+def is_allocated(lab: Lab, node: str) -> bool:
+    return lab.check("sinfo", "-h", "-n", node, "-o", "%t").strip() in ("alloc", "mix")
+
+
+@pytest.mark.parametrize("event", [warn_of_the_time_limit, lose_the_decode_node])
+def test_successor_does_the_rest(lab: Lab, place: Path, event: Callable[[Lab, int], None]) -> None:
+    first = submit(lab, place)
+    assert poll(lambda: lines_done(place) > 100, LIMIT_S)
+    second = successor_of(first)
+    assert second is not None
+    assert "PENDING" in lab.states(second.job_id).values()
+    event(lab, first.job_id)
+    lab.wait_for(first.job_id, "FAILED", "NODE_FAIL", "CANCELLED", timeout_s=LIMIT_S)
+    done = lines_done(place)
+    assert done < PROMPTS
+    states = lab.wait_for(second.job_id, "COMPLETED", "FAILED", timeout_s=LIMIT_S)
+    output = second.path.with_name(f"{second.name}-{second.job_id}.out").read_text()
+    assert set(states.values()) == {"COMPLETED"}, output
+    answers = [json.loads(line) for line in (place / "out.jsonl").read_text().splitlines()]
+    assert [answer["custom_id"] for answer in answers] == [str(i) for i in range(PROMPTS)]
+    assert all(answer["error"] is None for answer in answers)
+    print(f"{done} of {PROMPTS} before the event\n{output}")
+
+
+def test_successor_is_dropped_when_all_is_done(lab: Lab, place: Path) -> None:
+    first = submit(lab, place)
+    lab.wait_for(first.job_id, "COMPLETED", timeout_s=LIMIT_S)
+    second = successor_of(first)
+    assert second is not None
+    lab.wait_for(second.job_id, "CANCELLED")
