@@ -72,6 +72,13 @@ def kill_rank(job: Job) -> None:
     job.lab.check("bash", "-c", "pkill -KILL -f 'cli rank --config'", node="d1")
 
 
+def cut_and_heal(job: Job) -> None:
+    """Returns after the cut was noticed and mended."""
+    job.lab.cut("d1")
+    assert poll(lambda: engines(job)["decode-1"] == "LOST", LIMIT_S), job.state()
+    job.lab.heal("d1")
+
+
 FAULTS = [
     Fault(
         "scancel of the leader",
@@ -96,6 +103,12 @@ FAULTS = [
         lambda job: job.lab.cut("d1"),
         "serves with the other one",
         serves_with(prefill_0="READY", decode_0="READY", decode_1="LOST|STOPPED"),
+    ),
+    Fault(
+        "network of a decode node cut and healed",
+        cut_and_heal,
+        "serves with the other one, then with both",
+        serves_with(prefill_0="READY", decode_0="READY", decode_1="READY"),
     ),
     Fault(
         "slurmd of a decode node restarted",

@@ -12,13 +12,12 @@ import yaml
 
 from rdma_kv_cache.slurm import records
 from tests.cluster.conftest import STANDIN, python_path
+from tests.slurm import Lab, why_not
 from tests.slurm.machine import poll
 from tests.slurm.standin import RDMA_KV
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    from tests.slurm import Lab
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(240)]
 
@@ -35,7 +34,12 @@ JOB = {
 
 @pytest.fixture
 def place(lab: Lab, request: pytest.FixtureRequest) -> Path:
-    folder = lab.shared / request.node.name.replace("[", "-").strip("]")
+    return make_place(lab, request.node.name.replace("[", "-").strip("]"))
+
+
+def make_place(lab: Lab, name: str) -> Path:
+    """A folder that all nodes see, with job file and prompts."""
+    folder = lab.shared / name
     folder.mkdir()
     (folder / "job.yaml").write_text(yaml.safe_dump(JOB))
     with (folder / "in.jsonl").open("w") as file:
@@ -46,12 +50,12 @@ def place(lab: Lab, request: pytest.FixtureRequest) -> Path:
     return folder
 
 
-def submit(lab: Lab, place: Path) -> records.Record:
-    """`rdma-kv submit batch --chain 1` there."""
+def submit(lab: Lab, place: Path, *options: str) -> records.Record:
+    """`rdma-kv submit batch` there."""
     said = lab.check(
         *RDMA_KV, "submit", "batch", "in.jsonl", "-o", "out.jsonl", "--config", "job.yaml",
         "--runs", "runs", "--json", "--no-model-check",
-        "--chain", "1", "--concurrency", str(CONCURRENCY),
+        "--concurrency", str(CONCURRENCY), *options,
         cwd=place, env={"HOME": str(place), "PYTHONPATH": python_path(STANDIN)},
     )  # fmt: skip
     record = records.read(Path(json.loads(said)["folder"]))
@@ -83,28 +87,66 @@ def is_allocated(lab: Lab, node: str) -> bool:
     return lab.check("sinfo", "-h", "-n", node, "-o", "%t").strip() in ("alloc", "mix")
 
 
+def preempt(lab: Lab, _job: int) -> None:
+    """A short job of a better partition wants all nodes."""
+    lab.submit(
+        "--partition=high", f"--nodes={len(lab.nodes)}", "--exclusive", "--wrap=sleep 3",
+        "--output=/dev/null",
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("event", [warn_of_the_time_limit, lose_the_decode_node])
 def test_successor_does_the_rest(lab: Lab, place: Path, event: Callable[[Lab, int], None]) -> None:
-    first = submit(lab, place)
+    expect_successor(lab, place, event)
+
+
+def test_preempted_batch_goes_on() -> None:
+    if reason := why_not():
+        pytest.skip(reason)
+    settings = {"PreemptType": "preempt/partition_prio", "PreemptMode": "CANCEL"}
+    partitions = ["low Default=YES PriorityTier=1", "high PriorityTier=2"]
+    with Lab({"p0": "prefill", "d0": "decode"}, settings=settings, partitions=partitions) as lab:
+        expect_successor(lab, make_place(lab, "preempted"), preempt)
+
+
+def expect_successor(lab: Lab, place: Path, event: Callable[[Lab, int], None]) -> None:
+    """The event ends the first job; the second one completes the file."""
+    first = submit(lab, place, "--chain", "1")
     assert poll(lambda: lines_done(place) > 100, LIMIT_S)
     second = successor_of(first)
     assert second is not None
     assert "PENDING" in lab.states(second.job_id).values()
     event(lab, first.job_id)
-    lab.wait_for(first.job_id, "FAILED", "NODE_FAIL", "CANCELLED", timeout_s=LIMIT_S)
+    lab.wait_for(first.job_id, "FAILED", "NODE_FAIL", "CANCELLED", "PREEMPTED", timeout_s=LIMIT_S)
     done = lines_done(place)
     assert done < PROMPTS
-    states = lab.wait_for(second.job_id, "COMPLETED", "FAILED", timeout_s=LIMIT_S)
-    output = second.path.with_name(f"{second.name}-{second.job_id}.out").read_text()
+    expect_completed(lab, place, second)
+
+
+def expect_completed(lab: Lab, place: Path, job: records.Record) -> None:
+    """Every answer exactly once."""
+    states = lab.wait_for(job.job_id, "COMPLETED", "FAILED", timeout_s=LIMIT_S)
+    output = job.path.with_name(f"{job.name}-{job.job_id}.out").read_text()
     assert set(states.values()) == {"COMPLETED"}, output
     answers = [json.loads(line) for line in (place / "out.jsonl").read_text().splitlines()]
     assert [answer["custom_id"] for answer in answers] == [str(i) for i in range(PROMPTS)]
     assert all(answer["error"] is None for answer in answers)
-    print(f"{done} of {PROMPTS} before the event\n{output}")
+
+
+def test_another_job_continues_with_other_nodes(lab: Lab, place: Path) -> None:
+    first = submit(lab, place)
+    assert poll(lambda: lines_done(place) > 100, LIMIT_S)
+    warn_of_the_time_limit(lab, first.job_id)
+    lab.wait_for(first.job_id, "FAILED", timeout_s=LIMIT_S)
+    done = lines_done(place)
+    second = submit(lab, place, "--set", "decode.engines=2", "--set", "decode.nodes=2")
+    assert poll(lambda: lines_done(place) > done, LIMIT_S)
+    assert len(lab.states(second.job_id)) == 2
+    expect_completed(lab, place, second)
 
 
 def test_successor_is_dropped_when_all_is_done(lab: Lab, place: Path) -> None:
-    first = submit(lab, place)
+    first = submit(lab, place, "--chain", "1")
     lab.wait_for(first.job_id, "COMPLETED", timeout_s=LIMIT_S)
     second = successor_of(first)
     assert second is not None

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from typing import TYPE_CHECKING
 
@@ -46,6 +47,12 @@ def test_engines_come_up_on_the_nodes_of_their_component(
     job.stop()
     lab.wait_for(job.job_id, "COMPLETED")
     assert job.state().state == "DONE"
+    events = [json.loads(line) for line in job.run.events_file.read_text().splitlines()]
+    states = [event["state"] for event in events if event["event"] == "run"]
+    assert [states[-3], states[-2], states[-1]] == ["READY", "DRAINING", "DONE"]
+    assert {e["engine"] for e in events if e["event"] == "engine" and e["state"] == "READY"} == {
+        "prefill-0", "decode-0", "decode-1"
+    }  # fmt: skip
 
 
 def test_a_wrong_mpi_is_named_soon(lab: Lab) -> None:

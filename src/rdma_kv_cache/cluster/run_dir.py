@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import time
 from pathlib import Path
 from typing import Literal
 
@@ -45,6 +46,7 @@ class RunDir:
         self.path = Path(path).absolute()
         self.state_file = self.path / "state.json"
         self.api_key_file = self.path / "api.key"
+        self.events_file = self.path / "events.jsonl"
         self.handover_file = self.path / "handover.url"
         self.logs = self.path / "logs"
         self.launcher_log = self.logs / "mpiexec.log"
@@ -91,6 +93,16 @@ class RunDir:
     def write_state(self, state: RunState) -> None:
         """Replace `state.json`; a reader sees the old or the new one, never a half."""
         _replace(self.state_file, msgspec.json.format(msgspec.json.encode(state)) + b"\n", 0o644)
+
+    def append_event(self, **event: object) -> None:
+        """Add a line of JSON to `events.jsonl`, with the time (Unix, s)."""
+        line = msgspec.json.encode({"time": round(time.time(), 3), **event}) + b"\n"
+        # One write, so that a reader never sees half a line.
+        descriptor = os.open(self.events_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            os.write(descriptor, line)
+        finally:
+            os.close(descriptor)
 
     def read_state(self) -> RunState | None:
         """Return the run's state, None before there is one.

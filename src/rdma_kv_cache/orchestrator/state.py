@@ -46,11 +46,23 @@ class Progress:
         self._run_dir = run_dir
         self._registry = registry
         self._api_key_file = "" if api_key is None else str(run_dir.write_api_key(api_key))
-        registry.listeners.append(lambda _engine: self.write())
+        registry.listeners.append(self._engine_changed)
 
     def enter(self, state: JobState, stage: str, reason: str = "") -> None:
-        """Go to `state` and write it."""
+        """Go to `state`, write it and note the event."""
         self.state, self.stage, self.reason = state, stage, reason
+        self._run_dir.append_event(event="run", state=state, stage=stage, reason=reason)
+        self.write()
+
+    def _engine_changed(self, engine: Engine) -> None:
+        self._run_dir.append_event(
+            event="engine",
+            engine=engine.name,
+            host=engine.host,
+            state=engine.state,
+            incarnation=str(engine.incarnation),
+            reason=engine.reason,
+        )
         self.write()
 
     def write(self) -> None:
