@@ -16,12 +16,16 @@ import time
 from typing import Any
 
 from tests.slurm import Lab, standin, why_not
+from tests.slurm.stages import stages
 
 ORDERS = {"against": ("prefill", "decode"), "with": ("decode", "prefill")}
 
 
-def run(lab: Lab, launcher: str, order: str, name: str) -> tuple[float, float]:
-    """One job. Returns seconds from submission to READY, and to the end after that."""
+COLUMNS = ("slurm", "ranks", "vllm", "connect", "ours", "ready", "stop")
+
+
+def run(lab: Lab, launcher: str, order: str, name: str) -> dict[str, float]:
+    """One job. Returns seconds by COLUMNS: stages (ours: ranks and connect), READY, end after it."""
     prefill, decode = ORDERS[order]
     job = standin.submit(
         lab,
@@ -34,9 +38,11 @@ def run(lab: Lab, launcher: str, order: str, name: str) -> tuple[float, float]:
         state = job.wait("READY", "FAILED", "DONE")
         ready = time.time()
         assert state.state == "READY", f"{state.reason}\n{job.logs()}"
+        took = stages(job.run, job.submitted)
         job.stop()
         lab.wait_for(job.job_id, "COMPLETED")
-        return ready - job.submitted, time.time() - ready
+        ours = took["ranks"] + took["connect"]
+        return {**took, "ours": ours, "ready": ready - job.submitted, "stop": time.time() - ready}
     finally:
         lab.run("scancel", str(job.job_id))
         lab.wait_for(job.job_id, "COMPLETED", "CANCELLED", "FAILED")
@@ -53,7 +59,8 @@ def main() -> int:
         return 2
     launchers = [options.only] if options.only else ["srun", "mpiexec"]
     result: dict[str, Any] = {}
-    print("| launcher | names sort | good | submit to READY, s | stop, s |\n|---|---|---|---|---|")
+    print(f"| launcher | names sort | good | {' | '.join(f'{c}, s' for c in COLUMNS)} |")
+    print("|---" * (3 + len(COLUMNS)) + "|")
     with Lab() as lab:
         for launcher in launchers:
             for order in ORDERS:
@@ -66,7 +73,8 @@ def main() -> int:
                 key = f"{launcher}_{order}"
                 result |= {f"{key}_runs": options.runs, f"{key}_good": len(times)}
                 cells = []
-                for name, values in zip(("ready", "stop"), zip(*times, strict=True), strict=False):
+                for name in COLUMNS if times else ():
+                    values = [took[name] for took in times]
                     median = statistics.median(values)
                     result[f"{key}_{name}_median_s"] = round(median, 2)
                     cells.append(f"{median:.1f} ({min(values):.1f} to {max(values):.1f})")

@@ -228,8 +228,9 @@ def _check_size(size: int, job: JobConfig) -> None:
         message += "; each process is a world of its own"
         remedy = (
             "The launcher is not the one of this MPI library: use the mpiexec beside this python "
-            f"with -n {job.world_size}, or under Slurm the right srun --mpi=... (pmi2 for MPICH, "
-            "pmix for Open MPI)"
+            f"with -n {job.world_size}; under Slurm set slurm.mpi to what this MPI speaks (pmi2 for "
+            "MPICH, pmix for Open MPI; `srun --mpi=list` shows what there is), or slurm.launcher to "
+            "mpiexec"
         )
     raise JobError([Problem("MPI world", "", message, remedy)])
 
