@@ -28,13 +28,13 @@ AFTER_S = 8.0
 CLIENTS = 4
 
 
-def job_file() -> dict[str, Any]:
+def job_file(minutes: int, signal_s: int) -> dict[str, Any]:
     """Two of these fit the lab."""
     return {
         "model": {"name": "org/model", "max_model_len": 128},
         "prefill": {"engines": 1, "constraint": "prefill"},
         "decode": {"engines": 1, "constraint": "decode"},
-        "slurm": {"time": "10", "signal_s": 120},
+        "slurm": {"time": minutes, "signal_s": signal_s},
     }
 
 
@@ -83,10 +83,17 @@ class Load:
         return current.url
 
 
-def test_successor_takes_over_without_a_failed_request(lab: Lab) -> None:
-    place = lab.shared / "chain"
+@pytest.mark.parametrize(
+    ("minutes", "signal_s", "by_hand"),
+    [(10, 120, True), (2, 60, False)],
+    ids=["asked", "time-limit"],
+)
+def test_successor_takes_over_without_a_failed_request(
+    lab: Lab, minutes: int, signal_s: int, by_hand: bool
+) -> None:
+    place = lab.shared / f"chain-{minutes}"
     place.mkdir()
-    (place / "job.yaml").write_text(yaml.safe_dump(job_file()))
+    (place / "job.yaml").write_text(yaml.safe_dump(job_file(minutes, signal_s)))
     env = {"HOME": str(place), "PYTHONPATH": python_path(STANDIN)}
     said = lab.check(
         *RDMA_KV, "submit", "serve", "--config", "job.yaml", "--runs", "runs", "--json", "--no-model-check",
@@ -99,7 +106,7 @@ def test_successor_takes_over_without_a_failed_request(lab: Lab) -> None:
 
     load = Load(service)
     with lab.network():
-        asyncio.run(play(lab, load, first))
+        asyncio.run(play(lab, load, first, by_hand))
 
     print(f"{load.answered} answered, {load.retried} retries")
     assert load.failed == []
@@ -116,12 +123,16 @@ def test_successor_takes_over_without_a_failed_request(lab: Lab) -> None:
     lab.wait_for(second.job_id, "CANCELLED", "COMPLETED")
 
 
-async def play(lab: Lab, load: Load, first: int) -> None:
-    """Load before, while and after the service moves and the first job ends."""
+async def play(lab: Lab, load: Load, first: int, by_hand: bool) -> None:
+    """Load before, while and after the service moves and the first job ends.
+
+    The warning comes by hand, or by Slurm before the time limit.
+    """
     running = asyncio.create_task(load.run())
     await asyncio.sleep(1)
-    lab.check("scancel", "--batch", "--signal=USR1", str(first))
-    deadline = time.monotonic() + START_S + 90
+    if by_hand:
+        lab.check("scancel", "--batch", "--signal=USR1", str(first))
+    deadline = time.monotonic() + START_S + 120
     while "RUNNING" in lab.states(first).values() and time.monotonic() < deadline:
         await asyncio.sleep(0.5)
     await asyncio.sleep(AFTER_S)
