@@ -13,8 +13,10 @@ import aiohttp
 import pytest
 import yaml
 
+from rdma_kv_cache.slurm import records
 from rdma_kv_cache.slurm.service import Current, Service
 from tests.cluster.conftest import STANDIN, python_path
+from tests.slurm import standin
 from tests.slurm.machine import poll
 
 if TYPE_CHECKING:
@@ -121,6 +123,27 @@ def test_successor_takes_over_without_a_failed_request(
     assert poll(lambda: "the chain has its 1" in output.read_text(), 20)
     lab.check("scancel", str(second.job_id))
     lab.wait_for(second.job_id, "CANCELLED", "COMPLETED")
+
+
+def test_stop_ends_the_whole_chain(lab: Lab) -> None:
+    job = standin.submit(lab, lab.shared / "chain-stop", "--chain", "2")
+    job.wait("READY")
+    runs = job.folder.parent
+    waiting = next(r for r in records.read_all(runs) if r.predecessor == job.job_id)
+    assert set(lab.states(waiting.job_id).values()) == {"PENDING"}
+    job.stop()
+    lab.wait_for(job.job_id, "COMPLETED")
+    lab.wait_for(waiting.job_id, "CANCELLED")
+
+
+def test_successor_serves_after_a_lost_node(lab: Lab) -> None:
+    decode = {"engines": 1, "constraint": "decode"}
+    job = standin.submit(lab, lab.shared / "chain-lost", "--chain", "1", decode=decode)
+    service = Service(job.folder.parent / "job.service")
+    assert poll(lambda: service.current() is not None, START_S), job.logs()
+    node = next(n for n in ("d0", "d1") if lab.address(n) in str(job.state().engines))
+    lab.check("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
+    assert poll(lambda: current_of(service).generation == 1, START_S), job.logs()
 
 
 async def play(lab: Lab, load: Load, first: int, by_hand: bool) -> None:

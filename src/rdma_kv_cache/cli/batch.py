@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rdma_kv_cache.cli import common
-from rdma_kv_cache.cli.chain import chain_option, open_link
+from rdma_kv_cache.cli.chain import chain_option, open_link, submit_fallback
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -115,7 +115,7 @@ def batch(
         key = _read_key(api_key_file)
         options = BatchOptions(prompts=prompts, out=out, url=url or "", api_key=key, **sending)
         _check_output(options, info)
-        fallback = None if chain is None else _submit_fallback(chain, run_dir)
+        fallback = None if chain is None else submit_fallback(open_link(chain, run_dir))
         if job_file is None:
             result = _run(options, info)
         else:
@@ -158,18 +158,6 @@ def _run_with_engines(
         common.say("Stopping the engines.")
         cluster.stop(common.STOP_TIMEOUT_S)
     return result
-
-
-def _submit_fallback(chain: int, run_dir: Path | None) -> int | None:
-    from rdma_kv_cache.slurm.programs import SlurmError
-
-    try:
-        job_id = open_link(chain, run_dir).submit_fallback()
-    except (SlurmError, OSError) as error:
-        raise click.ClickException(f"--chain: no successor: {error}") from error
-    if job_id is not None:
-        common.say(f"Job {job_id} continues if this one does not get to the end.")
-    return job_id
 
 
 def _drop_fallback(job_id: int) -> None:

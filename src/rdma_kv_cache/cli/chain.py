@@ -40,3 +40,20 @@ def open_link(length: int, run_dir: Path | None) -> Link:
             "be submitted again"
         )
     return Link(here, record, length)
+
+
+def submit_fallback(link: Link) -> int | None:
+    """Submit the successor that waits for this job's end; None if the chain has its length.
+
+    A job that cannot have one says so and goes on.
+    """
+    from rdma_kv_cache.slurm.programs import SlurmError
+
+    try:
+        job_id = link.submit_fallback()
+    except (SlurmError, OSError) as error:
+        common.say(f"--chain: no successor: {error}")
+        return None
+    if job_id is not None:
+        common.say(f"Job {job_id} goes on if this one fails.")
+    return job_id

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from rdma_kv_cache.cli import common
-from rdma_kv_cache.cli.chain import chain_option, open_link
+from rdma_kv_cache.cli.chain import chain_option, open_link, submit_fallback
 
 if TYPE_CHECKING:
     from rdma_kv_cache.cluster.launch import Cluster
@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 @click.command(short_help="Serve a job's engines at one OpenAI-compatible URL.")
 @common.job_options(required=True)
 @chain_option(
-    "submit a successor before the time limit, at most so many, and hand over to it when it is "
-    "READY. All have one API key."
+    "submit a successor, at most so many. It starts before the time limit, and this job hands over "
+    "to it when it is READY; or when this job fails, scancel included: end a chain by rdma-kv stop. "
+    "All have one API key."
 )
 def serve(
     job_file: Path, overrides: tuple[str, ...], run_dir: Path | None, chain: int | None
@@ -76,7 +77,7 @@ def _handover(length: int, run_dir: Path | None) -> Handover:
         service = open_service(link.record.path.parent, link.record.name)
     except OSError as error:
         raise common.InputError(f"{error.filename}: {error.strerror}") from error
-    return Handover(link, service, run_dir.absolute())
+    return Handover(link, service, run_dir.absolute(), submit_fallback(link))
 
 
 def _with_key(job: JobConfig, service: Service) -> JobConfig:

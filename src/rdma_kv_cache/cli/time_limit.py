@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from types import FrameType
 
     from rdma_kv_cache.cluster.launch import Cluster
-    from rdma_kv_cache.slurm.chain import Handover, Link
+    from rdma_kv_cache.slurm.chain import Handover
 
 # The drain takes at most half a minute and the engines' end a quarter, before Slurm kills.
 RESERVE_S = 50.0
@@ -26,7 +26,7 @@ class TimeLimit:
     """Signal handlers of the main thread; they raise common.Terminated when serving must end.
 
     `warning_s`: how long before the limit the warning comes, at least. With a `handover` the warning
-    makes it submit its successor, and a successor that serves makes this job hand over and end.
+    makes it call its successor, and a successor that serves makes this job hand over and end.
     """
 
     def __init__(self, cluster: Cluster, warning_s: float, handover: Handover | None) -> None:
@@ -48,22 +48,22 @@ class TimeLimit:
         self._end_at = time.monotonic() + left
         common.say(f"The job's time limit is near: it serves {left:.0f} s more.")
         if self._handover is not None:
-            self._submit(self._handover.link)
+            self._call_successor(self._handover)
         signal.setitimer(signal.ITIMER_REAL, 0.01, POLL_S)
 
-    def _submit(self, link: Link) -> None:
+    def _call_successor(self, handover: Handover) -> None:
+        from rdma_kv_cache.slurm.chain import release_fallback
         from rdma_kv_cache.slurm.programs import SlurmError
 
-        try:
-            successor = link.submit_successor()
-        except (SlurmError, OSError) as error:
-            common.say(f"No successor: {error}")
+        if handover.fallback is None:
+            common.say(f"No successor: the chain has its {handover.link.length} (--chain)")
             return
-        common.say(
-            f"Submitted the successor, job {successor}"
-            if successor
-            else f"No successor: the chain has its {link.length} (--chain)"
-        )
+        try:
+            release_fallback(handover.fallback)
+        except SlurmError as error:
+            common.say(f"The successor {handover.fallback} starts when this job ends: {error}")
+            return
+        common.say(f"The successor, job {handover.fallback}, may start")
 
     def _look(self, _number: int, _frame: FrameType | None) -> None:
         if self._handover is not None and not self._has_handed_over:

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Jobs that follow each other, each submitted by the one before.
 
-A serving job submits its successor before its own time is up. That one publishes itself when it is
+A job submits its successor when it starts: Slurm holds that one until the job has ended, and drops
+it if the job ended well. So it does not matter what the job ends of: a lost node, preemption and
+the time limit are alike.
+
+A serving job lets its successor go before its own time is up. That one publishes itself when it is
 READY; only then the old job hands over: its orchestrator sends new requests on while those in
 flight are answered, and after a while it ends.
-
-A batch job submits its successor when it starts: Slurm holds that one until the job has ended, and
-drops it if the job has done all. So it does not matter what the job ends of: a lost node,
-preemption and the time limit are alike.
 """
 
 from __future__ import annotations
@@ -88,6 +88,11 @@ class Link:
         return self.submit_successor([dependency, "--kill-on-invalid-dep=yes"])
 
 
+def release_fallback(job_id: int) -> None:
+    """Let a successor start now, whatever becomes of this job. Raises SlurmError."""
+    run(["scontrol", "update", f"jobid={job_id}", "dependency="])
+
+
 def drop_fallback(job_id: int) -> None:
     """Cancel a successor that is not needed. Raises SlurmError."""
     run(["scancel", str(job_id)])
@@ -100,6 +105,8 @@ class Handover:
     link: Link
     service: Service
     run_dir: Path
+    fallback: int | None = None
+    """The successor that waits."""
 
     def publish(self, url: str) -> None:
         """This job is READY: the service moves here. Raises OSError."""
