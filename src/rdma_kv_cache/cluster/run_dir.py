@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import os
-import secrets
 import time
 from pathlib import Path
 from typing import Literal
 
 import msgspec
+
+from rdma_kv_cache.config.replace_file import replace_file
 
 JobState = Literal["STARTING", "READY", "DRAINING", "FAILED", "DONE"]
 
@@ -69,7 +70,7 @@ class RunDir:
 
     def write_api_key(self, key: str) -> Path:
         """Write the API key, readable by the owner alone."""
-        _replace(self.api_key_file, key.encode() + b"\n", 0o600)
+        replace_file(self.api_key_file, key.encode() + b"\n", 0o600)
         return self.api_key_file
 
     def read_api_key(self) -> str | None:
@@ -81,7 +82,7 @@ class RunDir:
 
     def write_handover(self, url: str) -> None:
         """Tell the run's orchestrator to send new requests on to `url`."""
-        _replace(self.handover_file, url.encode() + b"\n", 0o600)
+        replace_file(self.handover_file, url.encode() + b"\n", 0o600)
 
     def read_handover(self) -> str:
         """Return where new requests go; "" while this run serves them itself."""
@@ -92,7 +93,9 @@ class RunDir:
 
     def write_state(self, state: RunState) -> None:
         """Replace `state.json`; a reader sees the old or the new one, never a half."""
-        _replace(self.state_file, msgspec.json.format(msgspec.json.encode(state)) + b"\n", 0o644)
+        replace_file(
+            self.state_file, msgspec.json.format(msgspec.json.encode(state)) + b"\n", 0o644
+        )
 
     def append_event(self, **event: object) -> None:
         """Add a line of JSON to `events.jsonl`, with the time (Unix, s)."""
@@ -113,16 +116,3 @@ class RunDir:
             return msgspec.json.decode(self.state_file.read_bytes(), type=RunState)
         except FileNotFoundError:
             return None
-
-
-def _replace(path: Path, data: bytes, mode: int) -> None:
-    # A fixed temporary name would let two writers mix their bytes.
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

@@ -11,11 +11,12 @@ RUNS/NAME-JOBID/submission.json       the record
 from __future__ import annotations
 
 import os
-import secrets
 from pathlib import Path
 from typing import Literal
 
 import msgspec
+
+from rdma_kv_cache.config.replace_file import replace_file
 
 Kind = Literal["serve", "batch"]
 
@@ -64,12 +65,7 @@ def write(record: Record) -> None:
     """Write the record into the job's folder, which is made if need be. Raises OSError."""
     record.path.mkdir(mode=0o700, parents=True, exist_ok=True)
     data = msgspec.json.format(msgspec.json.encode(record)) + b"\n"
-    temporary = record.path / f".{RECORD_FILE}.{secrets.token_hex(4)}"
-    try:
-        temporary.write_bytes(data)
-        temporary.replace(record.path / RECORD_FILE)
-    finally:
-        temporary.unlink(missing_ok=True)
+    replace_file(record.path / RECORD_FILE, data)
 
 
 def read(folder: Path) -> Record | None:

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from rdma_kv_cache.config.replace_file import replace_file
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -63,12 +65,8 @@ class Service:
 
     def publish(self, current: Current) -> None:
         """Move the service to another job; a reader sees the old or the new one. Raises OSError."""
-        temporary = self.folder / f".{CURRENT_FILE}.{secrets.token_hex(4)}"
-        try:
-            temporary.write_bytes(msgspec.json.format(msgspec.json.encode(current)) + b"\n")
-            temporary.replace(self.folder / CURRENT_FILE)
-        finally:
-            temporary.unlink(missing_ok=True)
+        data = msgspec.json.format(msgspec.json.encode(current)) + b"\n"
+        replace_file(self.folder / CURRENT_FILE, data)
 
 
 def open_service(runs: Path, name: str) -> Service:

@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from rdma_kv_cache.cluster.run_dir import RunDir
+from rdma_kv_cache.config.replace_file import replace_file
 from rdma_kv_cache.slurm import queue, records
 from rdma_kv_cache.slurm.programs import SlurmError, run
 from rdma_kv_cache.slurm.queue import QueuedJob
@@ -343,10 +344,8 @@ def _write_ended(folder: JobFolder, queued: QueuedJob) -> None:
     path = folder.path / _ENDED_FILE
     if path.exists():
         return
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with contextlib.suppress(OSError):
-        temporary.write_bytes(msgspec.json.encode(queued) + b"\n")
-        temporary.replace(path)
+        replace_file(path, msgspec.json.encode(queued) + b"\n")
 
 
 def _read_ended(folder: JobFolder) -> QueuedJob | None:
