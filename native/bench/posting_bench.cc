@@ -88,7 +88,8 @@ class Pair {
 
   /// Posts everything, as the progress thread does. @return the completions.
   std::size_t transfer(rkv::Slices slices) {
-    rkv::TransferQueue queue(1, static_cast<std::size_t>(config().queue_depth));
+    const rkv::NoMarks no_marks;
+    rkv::TransferQueue queue(1, static_cast<std::size_t>(config().queue_depth), no_marks);
     queue.add_write(1, std::move(slices));
     std::size_t done = 0;
     while (queue.outstanding() > 0) {

@@ -8,6 +8,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "core/types.h"
+
 namespace rkv::python {
 
 using Column = pybind11::array_t<std::int64_t, pybind11::array::c_style>;
@@ -19,6 +21,13 @@ inline std::span<const std::int64_t> column_span(const Column& column, const cha
                                 " dimensions; it must have one");
   }
   return {column.data(), static_cast<std::size_t>(column.size())};
+}
+
+/// @throw std::invalid_argument naming `call`.
+inline MemoryKind memory_kind(const std::string& kind, const std::string& call) {
+  if (kind == "host") return MemoryKind::kHost;
+  if (kind == "cuda") return MemoryKind::kCuda;
+  throw std::invalid_argument(call + ": kind is '" + kind + "'; it must be 'host' or 'cuda'");
 }
 
 }  // namespace rkv::python

@@ -41,28 +41,24 @@ class LocalMemory {
 };
 
 std::shared_ptr<Engine> make_engine(const EngineConfig& config, std::uint64_t incarnation) {
-  return std::make_shared<Engine>(config, incarnation, create_backend(config));
+  return std::make_shared<Engine>(config, incarnation, create_backend(config), create_marks());
 }
 
 std::unique_ptr<LocalMemory> register_memory(const std::shared_ptr<Engine>& engine,
                                              std::uint64_t ptr, std::uint64_t nbytes,
                                              const std::string& kind, bool peer_writable) {
-  if (kind != "host" && kind != "cuda") {
-    throw std::invalid_argument("register_memory(): kind is '" + kind +
-                                "'; it must be 'host' or 'cuda'");
-  }
-  const MemoryUse use{.kind = kind == "host" ? MemoryKind::kHost : MemoryKind::kCuda,
+  const MemoryUse use{.kind = memory_kind(kind, "register_memory()"),
                       .peer_writable = peer_writable};
   return std::make_unique<LocalMemory>(engine, engine->register_memory({ptr, nbytes}, use));
 }
 
 TransferId write(Engine& engine, PeerId peer, const Column& src, const Column& dst,
-                 const Column& nbytes, std::optional<std::uint32_t> imm) {
+                 const Column& nbytes, std::optional<std::uint32_t> imm, Mark after) {
   const auto local = column_span(src, "src");
   const auto remote = column_span(dst, "dst");
   const auto length = column_span(nbytes, "nbytes");
   const py::gil_scoped_release release;
-  return engine.write(peer, local, remote, length, imm);
+  return engine.write(peer, local, remote, length, imm, after);
 }
 
 void connect(Engine& engine, PeerId peer, const py::bytes& descriptor,
@@ -86,6 +82,12 @@ bool wait(Engine& engine, double timeout_s) {
 }
 
 void register_handles(py::module_& module) {
+  py::class_<Path>(module, "Path", "The way to a peer.")
+      .def_readonly("backend", &Path::backend, "'verbs', 'cuda_ipc' or 'tcp'.")
+      .def_readonly("description", &Path::description, "For people.")
+      .def_readonly(
+          "warning", &Path::warning,
+          "Why it is slower than the hardware allows and what to do; empty if it is not.");
   py::class_<LocalMemory>(module, "LocalMemory", "Registered memory; see Engine.register_memory().")
       .def_property_readonly(
           "descriptor", [](const LocalMemory& self) { return py::bytes(self.memory().descriptor); },
@@ -141,14 +143,21 @@ void register_engine(py::module_& module) {
           "what is wrong with a descriptor.")
       .def(
           "write", &write, py::arg("peer"), py::arg("src").noconvert(), py::arg("dst").noconvert(),
-          py::arg("nbytes").noconvert(), py::arg("imm") = py::none(),
+          py::arg("nbytes").noconvert(), py::arg("imm") = py::none(), py::arg("after") = 0,
           "Queues one transfer of n ranges and returns its id (> 0).\n\n"
           "Three int64 arrays of shape (n,), C-contiguous: local addresses, addresses at the "
           "peer, bytes. Adjacent rows are joined, long runs sliced to block_size. Never blocks and "
           "never fails for want of room; ends in exactly one TRANSFER_DONE or TRANSFER_FAILED, "
-          "until when the source bytes must not change. Raises ValueError naming the first row "
+          "until when the source bytes must not change. They are read once the mark `after` is "
+          "reached. Raises ValueError naming the first row "
           "outside registered memory, RuntimeError when the peer is lost or connect() was not "
           "called.")
+      .def("mark", &Engine::mark, py::arg("stream"), ReleaseGil(),
+           "A mark (> 0) behind all work that a CUDA stream was given by now.\n\n"
+           "`stream` is the raw handle, as torch.cuda.current_stream().cuda_stream. Takes the "
+           "stream one small memory operation. Raises RuntimeError without a GPU.")
+      .def("reached", &Engine::reached, py::arg("mark"),
+           "Whether the stream has come to the mark. No call of the driver.")
       .def("signal", &Engine::signal, py::arg("peer"), py::arg("imm"), ReleaseGil(),
            "Queues an IMM event (u32) for the peer, delivered after every earlier write to it has "
            "landed. Signals keep their order.")
@@ -166,6 +175,9 @@ void register_engine(py::module_& module) {
            "Counters since the start, and seconds spent posting.")
       .def("peer_stats", &Engine::peer_stats, py::arg("peer"), ReleaseGil(),
            "Counters of one peer. Raises ValueError for a closed one.")
+      .def("peer_path", &Engine::peer_path, py::arg("peer"), ReleaseGil(),
+           "The way to a connected peer. Raises ValueError for a closed one, RuntimeError for one "
+           "that is not connected.")
       .def("close", &Engine::close, ReleaseGil(),
            "Tells the peers, fences them, fails outstanding writes and joins the progress thread. "
            "Idempotent.");

@@ -9,6 +9,16 @@
 namespace rkv {
 namespace {
 
+const NoMarks kNoMarks;
+
+/// Reached as far as the test says.
+class CountingMarks final : public Marks {
+ public:
+  Mark reached_mark = 0;
+  [[nodiscard]] Mark mark(std::uintptr_t /*stream*/) override { return 0; }
+  [[nodiscard]] bool reached(Mark mark) const override { return mark <= reached_mark; }
+};
+
 /// Writes down what is posted and takes at most `room` slices at a time.
 class RecordingBackend final : public Backend {
  public:
@@ -51,7 +61,7 @@ Slices slices(std::size_t n, RegionId region = 0) {
 
 TEST(TransferQueue, KeepsAtMostQueueDepthInFlight) {
   RecordingBackend backend;
-  TransferQueue queue(1, 4);
+  TransferQueue queue(1, 4, kNoMarks);
   queue.add_write(1, slices(3));
   queue.add_write(2, slices(3));
   EXPECT_TRUE(queue.post(backend));
@@ -67,9 +77,24 @@ TEST(TransferQueue, KeepsAtMostQueueDepthInFlight) {
   EXPECT_EQ(queue.outstanding(), 0U);
 }
 
+TEST(TransferQueue, WaitsForTheMarkOfItsFront) {
+  RecordingBackend backend;
+  CountingMarks marks;
+  TransferQueue queue(1, 100, marks);
+  queue.add_write(1, slices(2), {}, 7);
+  queue.add_signal(5);
+  queue.add_write(2, slices(1));
+  EXPECT_FALSE(queue.post(backend));
+  EXPECT_TRUE(queue.waits_for_mark());
+  marks.reached_mark = 7;
+  EXPECT_FALSE(queue.waits_for_mark());
+  EXPECT_TRUE(queue.post(backend));
+  EXPECT_EQ(backend.log.str(), "w1x2 s5 w2x1 ");
+}
+
 TEST(TransferQueue, OffersTheRestAgainWhenTheBackendIsFull) {
   RecordingBackend backend;
-  TransferQueue queue(1, 100);
+  TransferQueue queue(1, 100, kNoMarks);
   queue.add_write(1, slices(5));
   backend.room = 2;
   EXPECT_TRUE(queue.post(backend));
@@ -81,7 +106,7 @@ TEST(TransferQueue, OffersTheRestAgainWhenTheBackendIsFull) {
 
 TEST(TransferQueue, SignalsStayBehindEarlierWrites) {
   RecordingBackend backend;
-  TransferQueue queue(1, 2);
+  TransferQueue queue(1, 2, kNoMarks);
   queue.add_signal(7);
   queue.add_write(1, slices(3));
   queue.add_signal(8);
@@ -94,7 +119,7 @@ TEST(TransferQueue, SignalsStayBehindEarlierWrites) {
 
 TEST(TransferQueue, AbandonNamesWhatDidNotComplete) {
   RecordingBackend backend;
-  TransferQueue queue(1, 2);
+  TransferQueue queue(1, 2, kNoMarks);
   queue.add_write(1, slices(1));
   queue.add_write(2, slices(5));
   queue.add_write(3, slices(1));
@@ -106,7 +131,7 @@ TEST(TransferQueue, AbandonNamesWhatDidNotComplete) {
 }
 
 TEST(TransferQueue, KnowsWhichRegionsItReads) {
-  TransferQueue queue(1, 2);
+  TransferQueue queue(1, 2, kNoMarks);
   queue.add_write(1, slices(2, 5));
   EXPECT_TRUE(queue.reads_from(5));
   EXPECT_FALSE(queue.reads_from(4));
@@ -115,7 +140,7 @@ TEST(TransferQueue, KnowsWhichRegionsItReads) {
 TEST(TransferQueue, OffersTheSignalWithTheLastSlicesOnly) {
   RecordingBackend backend;
   backend.fuses = true;
-  TransferQueue queue(1, 4);
+  TransferQueue queue(1, 4, kNoMarks);
   queue.add_write(1, slices(6), 7);
   queue.add_signal(8);
   EXPECT_TRUE(queue.post(backend));
@@ -127,7 +152,7 @@ TEST(TransferQueue, OffersTheSignalWithTheLastSlicesOnly) {
 
 TEST(TransferQueue, SignalsOnItsOwnWhereTheBackendDoesNot) {
   RecordingBackend backend;
-  TransferQueue queue(1, 4);
+  TransferQueue queue(1, 4, kNoMarks);
   queue.add_write(1, slices(2), 7);
   queue.add_write(2, slices(1));
   EXPECT_TRUE(queue.post(backend));

@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "backends/backends.h"
 
-#include <dlfcn.h>
-
 #include <algorithm>
+#include <filesystem>
+#include <functional>
 #include <stdexcept>
 
+#include "backends/routed_backend.h"
+#include "cuda/ipc_backend.h"
 #include "tcp/tcp_backend.h"
 #ifdef RKV_HAVE_VERBS
 #include "verbs/verbs_backend.h"
@@ -13,28 +15,6 @@
 
 namespace rkv {
 namespace {
-
-/// A shared library opened for the time of a probe.
-class Library {
- public:
-  explicit Library(const char* file) : handle_(dlopen(file, RTLD_NOW | RTLD_LOCAL)) {
-    if (handle_ == nullptr) error_ = dlerror();
-  }
-  Library(const Library&) = delete;
-  Library& operator=(const Library&) = delete;
-  ~Library() {
-    if (handle_ != nullptr) dlclose(handle_);
-  }
-  [[nodiscard]] const std::string& error() const { return error_; }
-  template <class Function>
-  [[nodiscard]] Function* symbol(const char* name) const {
-    return reinterpret_cast<Function*>(handle_ == nullptr ? nullptr : dlsym(handle_, name));
-  }
-
- private:
-  void* handle_;
-  std::string error_;
-};
 
 #ifdef RKV_HAVE_VERBS
 
@@ -73,24 +53,47 @@ std::unique_ptr<Backend> create_verbs(const EngineConfig& /*config*/) {
 #endif
 
 BackendInfo probe_cuda_ipc() {
-  const Library library("libcuda.so.1");
-  if (!library.error().empty()) {
-    return {"cuda_ipc", false, library.error() + "; install the NVIDIA driver"};
+  try {
+    return {"cuda_ipc", true, cuda::current_gpu()->text()};
+  } catch (const std::runtime_error& error) {
+    return {"cuda_ipc", false, error.what()};
   }
-  auto* init = library.symbol<int(unsigned)>("cuInit");
-  auto* count_devices = library.symbol<int(int*)>("cuDeviceGetCount");
-  if (init == nullptr || count_devices == nullptr) {
-    return {"cuda_ipc", false, "libcuda.so.1 lacks cuInit"};
+}
+
+std::unique_ptr<Backend> create_tcp(const EngineConfig& config) {
+  return std::make_unique<tcp::TcpBackend>(static_cast<std::uint8_t>(config.qps_per_peer));
+}
+
+RoutedBackend::Member try_member(std::string name, bool has_hardware,
+                                 const std::function<std::unique_ptr<Backend>()>& create) {
+  try {
+    return {.backend = create(), .name = std::move(name)};
+  } catch (const std::runtime_error& error) {
+    return {.backend = nullptr,
+            .name = std::move(name),
+            .missing = error.what(),
+            .has_hardware = has_hardware};
   }
-  int devices = 0;
-  if (const int status = init(0); status != 0) {
-    return {"cuda_ipc", false, "cuInit: CUresult " + std::to_string(status)};
+}
+
+bool is_filled(const char* folder) {
+  std::error_code error;
+  return !std::filesystem::is_empty(folder, error) && !error;
+}
+
+/// Nothing to choose where only tcp is usable, nor a reason to say "auto" in its place.
+std::unique_ptr<Backend> create_automatic(const EngineConfig& config) {
+  std::vector<RoutedBackend::Member> members;
+  members.push_back(try_member("cuda_ipc", is_filled("/proc/driver/nvidia/gpus"),
+                               [] { return std::make_unique<cuda::IpcBackend>(); }));
+  members.push_back(try_member("verbs", is_filled("/sys/class/infiniband"),
+                               [&] { return create_verbs(config); }));
+  members.push_back({.backend = create_tcp(config), .name = "tcp"});
+  const auto is_missing = [](const RoutedBackend::Member& member) { return !member.backend; };
+  if (std::count_if(members.begin(), members.end(), is_missing) == 2) {
+    return std::move(members.back().backend);
   }
-  if (const int status = count_devices(&devices); status != 0) {
-    return {"cuda_ipc", false, "cuDeviceGetCount: CUresult " + std::to_string(status)};
-  }
-  return {"cuda_ipc", false,
-          "found " + std::to_string(devices) + " GPUs, but this build has no cuda_ipc backend yet"};
+  return std::make_unique<RoutedBackend>(std::move(members));
 }
 
 }  // namespace
@@ -100,11 +103,10 @@ std::vector<BackendInfo> probe_backends() {
 }
 
 std::unique_ptr<Backend> create_backend(const EngineConfig& config) {
-  const bool automatic = config.backend == "auto";
-  if (config.backend == "verbs" || (automatic && probe_verbs().usable)) return create_verbs(config);
-  if (config.backend == "tcp" || automatic) {
-    return std::make_unique<tcp::TcpBackend>(static_cast<std::uint8_t>(config.qps_per_peer));
-  }
+  if (config.backend == "auto") return create_automatic(config);
+  if (config.backend == "verbs") return create_verbs(config);
+  if (config.backend == "cuda_ipc") return std::make_unique<cuda::IpcBackend>();
+  if (config.backend == "tcp") return create_tcp(config);
   std::string names = "auto";
   for (const BackendInfo& info : probe_backends()) {
     if (info.name == config.backend) {
@@ -114,5 +116,7 @@ std::unique_ptr<Backend> create_backend(const EngineConfig& config) {
   }
   throw std::invalid_argument("backend is '" + config.backend + "'; it must be one of " + names);
 }
+
+std::unique_ptr<Marks> create_marks() { return std::make_unique<cuda::StreamMarks>(); }
 
 }  // namespace rkv

@@ -8,6 +8,7 @@
 
 #include "core/backend.h"
 #include "core/config.h"
+#include "core/marks.h"
 
 namespace rkv {
 
@@ -24,5 +25,8 @@ struct BackendInfo {
 /// @throw std::invalid_argument for an unknown name, std::runtime_error with the reason when the
 /// backend is not usable here.
 [[nodiscard]] std::unique_ptr<Backend> create_backend(const EngineConfig& config);
+
+/// Marks of the streams of the GPU that is current where the first is made.
+[[nodiscard]] std::unique_ptr<Marks> create_marks();
 
 }  // namespace rkv

@@ -56,6 +56,14 @@ class PinnedMemory {
   virtual ~PinnedMemory() = default;
 };
 
+/// The way to a peer.
+struct Path {
+  std::string backend = {};
+  std::string description = {};  ///< "cuda_ipc: same GPU"; without `writes` the reason.
+  std::string warning = {};      ///< Why it is slower than the hardware allows, and what to do.
+  bool writes = true;            ///< Whether this side can write by it.
+};
+
 /// What became of post_writes().
 struct Posted {
   std::size_t slices = 0;  ///< Accepted, from the first on.
@@ -121,6 +129,9 @@ class Backend {
   /// Local half of a connection. The result travels in the endpoint's descriptor.
   virtual Bytes create_endpoint(PeerId peer) = 0;
 
+  /// Whether an endpoint with this blob can be connected to. Both sides come to one answer.
+  [[nodiscard]] virtual bool accepts(std::string_view /*blob*/) const { return true; }
+
   /// Completes the connection. Afterwards the peer's writes may land, and posts are legal.
   /// @throw std::runtime_error or FormatError; the engine then reports the peer lost.
   virtual void connect(PeerId peer, PeerLink link) = 0;
@@ -128,6 +139,11 @@ class Backend {
   /// Sends something over every path to the peer that is idle, and reports kReachable the first
   /// time that all have answered. Called when the peer is ready, then at every heartbeat.
   virtual void probe(PeerId peer) = 0;
+
+  /// Of a connected peer.
+  [[nodiscard]] virtual Path path(PeerId /*peer*/) const {
+    return {.backend = std::string(name()), .description = describe()};
+  }
 
   /// Posts a prefix of `slices`: less than all means the queue is full, and the engine offers the
   /// rest again after completions. Never fails; errors arrive as kPeerError. The source bytes stay

@@ -24,8 +24,9 @@ struct Connection {
     kLost,  ///< Fenced; only PEER_LOST and close_peer() remain.
   };
 
-  Connection(PeerId peer, std::string name, const Token& own_token, std::size_t queue_depth)
-      : id(peer), label(std::move(name)), token(own_token), queue(peer, queue_depth) {}
+  Connection(PeerId peer, std::string name, const Token& own_token, std::size_t queue_depth,
+             const Marks& marks)
+      : id(peer), label(std::move(name)), token(own_token), queue(peer, queue_depth, marks) {}
 
   PeerId id;
   std::string label;

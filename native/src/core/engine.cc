@@ -28,10 +28,11 @@ bool is_small(const std::vector<WriteSlice>& slices, std::uint64_t max_nbytes) {
 }  // namespace
 
 Engine::Engine(const EngineConfig& config, std::uint64_t incarnation,
-               std::unique_ptr<Backend> backend)
+               std::unique_ptr<Backend> backend, std::unique_ptr<Marks> marks)
     : config_(config),
       incarnation_(incarnation),
-      progress_(config, incarnation, std::move(backend), events_,
+      marks_(std::move(marks)),
+      progress_(config, incarnation, std::move(backend), *marks_, events_,
                 [this](PeerId peer, const std::string& reason) {
                   const std::lock_guard lock(mutex_);
                   const auto found = peers_.find(peer);
@@ -217,7 +218,7 @@ void Engine::connect(PeerId peer, std::string_view descriptor, const std::vector
 
 TransferId Engine::write(PeerId peer, std::span<const std::int64_t> local,
                          std::span<const std::int64_t> remote, std::span<const std::int64_t> nbytes,
-                         std::optional<std::uint32_t> imm) {
+                         std::optional<std::uint32_t> imm, Mark after) {
   if (local.size() != nbytes.size() || remote.size() != nbytes.size()) {
     throw std::invalid_argument(
         "write(): src, dst and nbytes have " + std::to_string(local.size()) + ", " +
@@ -239,8 +240,8 @@ TransferId Engine::write(PeerId peer, std::span<const std::int64_t> local,
     const std::lock_guard lock(mutex_);
     find_usable_peer(peer, "write()");  // it may have been lost meanwhile
     id = next_transfer_++;
-    queue([this, peer, id, rows = nbytes.size(), imm, slices = std::move(slices)]() mutable {
-      progress_.submit(peer, id, rows, std::move(slices), imm);
+    queue([this, peer, id, rows = nbytes.size(), imm, after, slices = std::move(slices)]() mutable {
+      progress_.submit(peer, id, rows, std::move(slices), imm, after);
     });
   }
   if (small) {
@@ -312,6 +313,14 @@ Stats Engine::peer_stats(PeerId peer) {
     find_peer(peer, "peer_stats()");
   }
   return ask("peer_stats()", [this, peer] { return progress_.peer_stats(peer); });
+}
+
+Path Engine::peer_path(PeerId peer) {
+  {
+    const std::lock_guard lock(mutex_);
+    find_usable_peer(peer, "peer_path()");
+  }
+  return ask("peer_path()", [this, peer] { return progress_.peer_path(peer); });
 }
 
 void Engine::close() {

@@ -15,6 +15,7 @@
 #include "core/config.h"
 #include "core/endpoint_descriptor.h"
 #include "core/event_queue.h"
+#include "core/marks.h"
 #include "core/progress.h"
 #include "core/regions.h"
 #include "core/slice_pool.h"
@@ -46,7 +47,8 @@ class Engine {
  public:
   /// `incarnation` distinguishes this engine from its predecessors on the same node; not 0.
   /// The progress thread starts and the engine listens before this returns.
-  Engine(const EngineConfig& config, std::uint64_t incarnation, std::unique_ptr<Backend> backend);
+  Engine(const EngineConfig& config, std::uint64_t incarnation, std::unique_ptr<Backend> backend,
+         std::unique_ptr<Marks> marks = std::make_unique<NoMarks>());
   ~Engine();
   Engine(const Engine&) = delete;
   Engine& operator=(const Engine&) = delete;
@@ -66,11 +68,16 @@ class Engine {
   /// Both sides call it, at their own time; kConnected follows, or kPeerLost.
   void connect(PeerId peer, std::string_view descriptor, const std::vector<Bytes>& memory);
 
-  /// `imm` is a signal behind it, cheaper than a call of its own.
+  /// A mark behind all that a device's stream was given by now, for write().
+  [[nodiscard]] Mark mark(std::uintptr_t stream) { return marks_->mark(stream); }
+  [[nodiscard]] bool reached(Mark mark) const { return marks_->reached(mark); }
+
+  /// `imm` is a signal behind it, cheaper than a call of its own. The source is not read before
+  /// `after` is reached; what follows to the same peer waits as well.
   [[nodiscard]] TransferId write(PeerId peer, std::span<const std::int64_t> local,
                                  std::span<const std::int64_t> remote,
                                  std::span<const std::int64_t> nbytes,
-                                 std::optional<std::uint32_t> imm = {});
+                                 std::optional<std::uint32_t> imm = {}, Mark after = 0);
   void signal(PeerId peer, std::uint32_t imm);
   void send(PeerId peer, Bytes message);
 
@@ -83,6 +90,8 @@ class Engine {
   void close_peer(PeerId peer);
   [[nodiscard]] Stats stats();
   [[nodiscard]] Stats peer_stats(PeerId peer);
+  /// The way to a connected peer.
+  [[nodiscard]] Path peer_path(PeerId peer);
 
   /// Says goodbye, fences every peer, joins the progress thread. Idempotent.
   void close();
@@ -109,6 +118,7 @@ class Engine {
 
   const EngineConfig config_;
   const std::uint64_t incarnation_;
+  const std::unique_ptr<Marks> marks_;
   const std::shared_ptr<SlicePool> slice_pool_ = std::make_shared<SlicePool>();
   EventQueue events_;
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "core/event_loop.h"
 
+#include <poll.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
 
@@ -65,14 +66,20 @@ void EventLoop::unwatch(int fd) {
   serial_of_.erase(found);
 }
 
-EventLoop::Ran EventLoop::run_once(std::chrono::milliseconds max_wait,
+EventLoop::Ran EventLoop::run_once(std::chrono::nanoseconds max_wait,
                                    std::unique_lock<Turn>& turn) {
   const bool ran = run_commands();
   const bool sleeps = !ran && max_wait.count() > 0 && begin_sleep();
-  if (sleeps) turn.unlock();
+  if (sleeps) {
+    turn.unlock();
+    // Not epoll_wait(), which counts in milliseconds, nor epoll_pwait2(), which needs glibc 2.35.
+    pollfd ready_set{.fd = epoll_.get(), .events = POLLIN, .revents = 0};
+    const timespec wait{.tv_sec = max_wait.count() / 1'000'000'000,
+                        .tv_nsec = max_wait.count() % 1'000'000'000};
+    (void)ppoll(&ready_set, 1, &wait, nullptr);
+  }
   std::array<epoll_event, kEventsPerWait> ready;
-  const int n = epoll_wait(epoll_.get(), ready.data(), kEventsPerWait,
-                           sleeps ? static_cast<int>(max_wait.count()) : 0);
+  const int n = epoll_wait(epoll_.get(), ready.data(), kEventsPerWait, 0);
   if (sleeps) {
     end_sleep();
     turn.lock();

@@ -48,7 +48,7 @@ class EventLoop {
 
   /// Runs what is due: commands first, then ready file descriptors. Blocks for at most `max_wait`
   /// when nothing is, and leaves the turn to others meanwhile.
-  Ran run_once(std::chrono::milliseconds max_wait, std::unique_lock<Turn>& turn);
+  Ran run_once(std::chrono::nanoseconds max_wait, std::unique_lock<Turn>& turn);
 
   /// Runs the commands queued by now. @return whether there were any.
   bool run_commands();

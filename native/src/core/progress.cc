@@ -4,6 +4,7 @@
 
 #include <pthread.h>
 #include <sched.h>
+#include <sys/prctl.h>
 
 #include <algorithm>
 #include <utility>
@@ -15,14 +16,18 @@ constexpr std::chrono::milliseconds kMaxTick{100};
 constexpr unsigned kPollsPerSocketCheck = 32;  ///< Data does not come by sockets; heartbeats do.
 /// A caller that looked for data is expected back within this; nothing waits longer for it.
 constexpr std::chrono::milliseconds kAttended{1};
+/// Between two looks at a mark: a layer takes a GPU tens to thousands of microseconds.
+constexpr std::chrono::microseconds kMarkInterval{20};
 constexpr int kMaxCallerRounds = 16;  ///< Then the progress thread goes on.
 
 }  // namespace
 
 Progress::Progress(const EngineConfig& config, std::uint64_t incarnation,
-                   std::unique_ptr<Backend> backend, EventQueue& events, OnLost on_lost)
+                   std::unique_ptr<Backend> backend, const Marks& marks, EventQueue& events,
+                   OnLost on_lost)
     : config_(config),
       incarnation_(incarnation),
+      marks_(marks),
       tick_interval_(std::min<Clock::duration>(config.heartbeat_interval() / 2, kMaxTick)),
       events_(events),
       on_lost_(std::move(on_lost)),
@@ -62,6 +67,8 @@ void Progress::stop() {
 
 void Progress::run() {
   pthread_setname_np(pthread_self(), "rkv-progress");
+  // The default slack of 50 us would triple kMarkInterval.
+  prctl(PR_SET_TIMERSLACK, 1000UL, 0UL, 0UL, 0UL);
   move_to_cpus();
   std::unique_lock turn(turn_);
   Clock::time_point last_busy = Clock::now();
@@ -76,8 +83,11 @@ void Progress::run() {
     if (poll_only && backend_->polls() && ++polls % kPollsPerSocketCheck != 0) {
       ran.commands = loop_.run_commands();
     } else {
-      const auto sleep = attended ? std::min(kAttended, until_tick(now)) : until_tick(now);
-      ran = loop_.run_once(poll_only ? std::chrono::milliseconds(0) : sleep, turn);
+      std::chrono::nanoseconds sleep = until_tick(now);
+      if (attended) sleep = std::min<std::chrono::nanoseconds>(sleep, kAttended);
+      if (waits_for_mark()) sleep = std::min<std::chrono::nanoseconds>(sleep, kMarkInterval);
+      if (poll_only) sleep = {};
+      ran = loop_.run_once(sleep, turn);
     }
     // An event of a completion channel is nothing by itself: a caller may have polled the CQ.
     const bool busy = move_data() || ran.commands || (ran.handlers && !backend_->polls());
@@ -95,6 +105,7 @@ bool Progress::take_turn() noexcept {
     loop_.wake();
     break;
   }
+  if (waits_for_mark()) loop_.wake();  // nothing else would end the progress thread's sleep
   return true;
 }
 
@@ -116,6 +127,13 @@ bool Progress::is_attended(Clock::time_point now) const {
          std::all_of(
              connections_.begin(), connections_.end(),
              [](const auto& entry) { return entry.second->queue.empty(); });
+}
+
+bool Progress::waits_for_mark() const {
+  return std::any_of(connections_.begin(), connections_.end(), [](const auto& entry) {
+    return entry.second->state == Connection::State::kConnected &&
+           entry.second->queue.waits_for_mark();
+  });
 }
 
 /// @return whether there was anything to move.
@@ -187,7 +205,7 @@ void Progress::handle(const Completion& completion) {
 }
 
 void Progress::submit(PeerId peer, TransferId id, std::size_t rows, Slices slices,
-                      std::optional<std::uint32_t> imm) {
+                      std::optional<std::uint32_t> imm, Mark after) {
   Connection& connection = get(peer);
   ++counters_.transfers;
   counters_.descriptors_in += rows;
@@ -212,7 +230,7 @@ void Progress::submit(PeerId peer, TransferId id, std::size_t rows, Slices slice
   connection.bytes_submitted += nbytes;
   counters_.bytes_submitted += nbytes;
   if (imm) ++counters_.signals_sent;
-  connection.queue.add_write(id, std::move(slices), imm);
+  connection.queue.add_write(id, std::move(slices), imm, after);
 }
 
 void Progress::complete_transfer(Connection& connection, TransferId id,

@@ -18,6 +18,7 @@
 #include "core/dialer.h"
 #include "core/event_loop.h"
 #include "core/event_queue.h"
+#include "core/marks.h"
 #include "core/turn.h"
 
 namespace rkv {
@@ -35,9 +36,9 @@ class Progress {
   /// its return on nothing more may be posted for that peer.
   using OnLost = std::function<void(PeerId, const std::string& reason)>;
 
-  /// Listens at once. @throw std::runtime_error
+  /// Listens at once. `marks` outlives it. @throw std::runtime_error
   Progress(const EngineConfig& config, std::uint64_t incarnation, std::unique_ptr<Backend> backend,
-           EventQueue& events, OnLost on_lost);
+           const Marks& marks, EventQueue& events, OnLost on_lost);
   ~Progress();
   Progress(const Progress&) = delete;
   Progress& operator=(const Progress&) = delete;
@@ -82,16 +83,18 @@ class Progress {
   Bytes create_endpoint(PeerId peer, const std::string& label, const Token& token);
   void connect(PeerId peer, const EndpointDescriptor& remote, std::vector<RemoteMemory> memory);
   void submit(PeerId peer, TransferId id, std::size_t rows, Slices slices,
-              std::optional<std::uint32_t> imm);
+              std::optional<std::uint32_t> imm, Mark after);
   void signal(PeerId peer, std::uint32_t imm);
   void send(PeerId peer, Bytes message);
   void close_peer(PeerId peer, const std::string& why = "close_peer() was called");
   [[nodiscard]] Stats stats() const;
   [[nodiscard]] Stats peer_stats(PeerId peer) const;
+  [[nodiscard]] Path peer_path(PeerId peer) const;
 
  private:
   void run();
   bool move_data();
+  [[nodiscard]] bool waits_for_mark() const;
   [[nodiscard]] bool is_attended(Clock::time_point now) const;
   void move_to_cpus() const;
   bool post_queued();
@@ -115,6 +118,7 @@ class Progress {
 
   const EngineConfig config_;
   const std::uint64_t incarnation_;
+  const Marks& marks_;
   const Clock::duration tick_interval_;
   std::atomic<Clock::time_point> attended_until_{};  // by callers
   Turn turn_;                                        // guards all below but what any thread may use

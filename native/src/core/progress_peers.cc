@@ -2,6 +2,7 @@
 /// Peers' lives: endpoint, connect, liveness, loss, close.
 #include <algorithm>
 #include <sstream>
+#include <stdexcept>
 #include <utility>
 
 #include "core/progress.h"
@@ -21,8 +22,8 @@ Connection& Progress::get(PeerId peer) const { return *connections_.at(peer); }
 
 Bytes Progress::create_endpoint(PeerId peer, const std::string& label, const Token& token) {
   Bytes blob = backend_->create_endpoint(peer);
-  connections_[peer] = std::make_unique<Connection>(peer, label, token,
-                                                    static_cast<std::size_t>(config_.queue_depth));
+  connections_[peer] = std::make_unique<Connection>(
+      peer, label, token, static_cast<std::size_t>(config_.queue_depth), marks_);
   acceptor_.add_endpoint(token, peer);
   return blob;
 }
@@ -197,6 +198,14 @@ void Progress::close_peer(PeerId peer, const std::string& why) {
     fail_outstanding(connection, "peer " + connection.label + ": " + why);
   }
   connections_.erase(peer);
+}
+
+Path Progress::peer_path(PeerId peer) const {
+  const Connection& connection = get(peer);
+  if (connection.state != Connection::State::kConnected) {
+    throw std::runtime_error("peer_path(): peer " + connection.label + " is not connected");
+  }
+  return backend_->path(peer);
 }
 
 Stats Progress::peer_stats(PeerId peer) const {

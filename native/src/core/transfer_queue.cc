@@ -7,11 +7,13 @@
 
 namespace rkv {
 
-void TransferQueue::add_write(TransferId id, Slices slices, std::optional<std::uint32_t> imm) {
+void TransferQueue::add_write(TransferId id, Slices slices, std::optional<std::uint32_t> imm,
+                              Mark after) {
   auto transfer = std::make_shared<Transfer>();
   transfer->id = id;
   transfer->slices = std::move(slices);
   transfer->imm = imm;
+  transfer->after = after;
   outstanding_[id] = transfer;
   queue_.emplace_back(std::move(transfer));
 }
@@ -40,6 +42,7 @@ bool TransferQueue::post_front(Backend& backend) {
 
 /// @return whether all slices are posted.
 bool TransferQueue::post_slices(Backend& backend, Transfer& transfer) {
+  if (!marks_.reached(transfer.after)) return false;
   const std::size_t room = queue_depth_ - in_flight_;
   const std::size_t left = transfer.slices->size() - transfer.posted;
   const std::size_t offered = std::min(room, left);
@@ -74,6 +77,12 @@ std::vector<TransferId> TransferQueue::abandon() {
   queue_.clear();
   in_flight_ = 0;
   return ids;
+}
+
+bool TransferQueue::waits_for_mark() const {
+  if (queue_.empty()) return false;
+  const auto* transfer = std::get_if<std::shared_ptr<Transfer>>(&queue_.front());
+  return transfer != nullptr && !marks_.reached((*transfer)->after);
 }
 
 bool TransferQueue::reads_from(RegionId region) const {

@@ -11,6 +11,7 @@
 
 #include "core/backend.h"
 #include "core/config.h"
+#include "core/marks.h"
 #include "core/slice_pool.h"
 #include "core/types.h"
 
@@ -21,6 +22,7 @@ struct Transfer {
   TransferId id = 0;
   Slices slices = nullptr;
   std::optional<std::uint32_t> imm = {};  ///< Signal behind the last slice.
+  Mark after = 0;                         ///< The source bytes are final once it is reached.
   std::size_t posted = 0;
   Clock::time_point posted_at = {};  ///< When the call began that posted the last slice.
   std::size_t landed = 0;
@@ -31,10 +33,13 @@ struct Transfer {
 /// Progress thread only.
 class TransferQueue {
  public:
-  TransferQueue(PeerId peer, std::size_t queue_depth) : peer_(peer), queue_depth_(queue_depth) {}
+  /// `marks` outlives the queue.
+  TransferQueue(PeerId peer, std::size_t queue_depth, const Marks& marks)
+      : peer_(peer), queue_depth_(queue_depth), marks_(marks) {}
 
   /// Each id once; `slices` must not be empty. `imm` is a signal to follow.
-  void add_write(TransferId id, Slices slices, std::optional<std::uint32_t> imm = {});
+  void add_write(TransferId id, Slices slices, std::optional<std::uint32_t> imm = {},
+                 Mark after = 0);
   void add_signal(std::uint32_t imm);
 
   /// Posts what the window and the backend take. @return whether anything was posted.
@@ -46,6 +51,8 @@ class TransferQueue {
   /// Forgets everything. @return the transfers that did not complete, oldest first.
   [[nodiscard]] std::vector<TransferId> abandon();
 
+  /// Whether the next write waits for a mark, of which no completion will tell.
+  [[nodiscard]] bool waits_for_mark() const;
   /// Whether everything is posted.
   [[nodiscard]] bool empty() const { return queue_.empty(); }
   [[nodiscard]] bool reads_from(RegionId region) const;
@@ -61,6 +68,7 @@ class TransferQueue {
 
   PeerId peer_;
   std::size_t queue_depth_;
+  const Marks& marks_;
   std::deque<Work> queue_;  // not yet posted completely
   std::unordered_map<TransferId, std::shared_ptr<Transfer>> outstanding_;
   std::size_t in_flight_ = 0;

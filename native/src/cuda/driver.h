@@ -52,7 +52,7 @@ struct MemAccess {
 
 enum DeviceAttribute : int {
   kMultiprocessorCount = 16,
-  kCanUseStreamMemOps64 = 93,
+  kCanUseStreamMemOps64 = 122,
   kGpuDirectRdmaSupported = 116,
   kGpuDirectRdmaFlushWritesOptions = 117,
   kGpuDirectRdmaWritesOrdering = 118,
