@@ -58,6 +58,14 @@ std::uint8_t RoutedBackend::lanes() const {
   return lanes;
 }
 
+std::size_t RoutedBackend::window(std::size_t queue_depth) const {
+  std::size_t window = queue_depth;
+  for (const Member& member : members_) {
+    if (member.backend) window = std::max(window, member.backend->window(queue_depth));
+  }
+  return window;
+}
+
 void RoutedBackend::attach(EventLoop& loop) {
   for (const Member& member : members_) {
     if (member.backend) member.backend->attach(loop);

@@ -28,6 +28,8 @@ class RoutedBackend final : public Backend {
 
   [[nodiscard]] std::string_view name() const override { return "auto"; }
   [[nodiscard]] std::uint8_t lanes() const override;
+  /// The widest: a backend takes what it has room for.
+  [[nodiscard]] std::size_t window(std::size_t queue_depth) const override;
   void attach(EventLoop& loop) override;
   [[nodiscard]] std::string describe() const override;
   [[nodiscard]] std::vector<std::size_t> cpus() const override;

@@ -89,6 +89,9 @@ class Backend {
   /// TCP connections, authenticated by the engine, that this backend wants per peer (0: none).
   [[nodiscard]] virtual std::uint8_t lanes() const = 0;
 
+  /// Slices per peer that may be posted and not yet landed, where the user set `queue_depth`.
+  [[nodiscard]] virtual std::size_t window(std::size_t queue_depth) const { return queue_depth; }
+
   /// Called once, first. The backend watches its file descriptors on `loop`, which outlives it.
   virtual void attach(EventLoop& loop) = 0;
 

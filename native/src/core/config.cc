@@ -3,8 +3,9 @@
 
 #include <sched.h>
 
-#include <sstream>
 #include <stdexcept>
+
+#include "core/text.h"
 
 namespace rkv {
 namespace {
@@ -13,9 +14,9 @@ template <class T>
 void check_range(const char* field, T value, T lowest, T highest) {
   // Written so that NaN fails too.
   if (value >= lowest && value <= highest) return;
-  std::ostringstream text;
-  text << field << " is " << value << "; it must be from " << lowest << " to " << highest;
-  throw std::invalid_argument(text.str());
+  throw std::invalid_argument(std::string(field) + " is " + number_text(value) +
+                              "; it must be from " + number_text(lowest) + " to " +
+                              number_text(highest));
 }
 
 }  // namespace

@@ -1,20 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 /// Peers' lives: endpoint, connect, liveness, loss, close.
 #include <algorithm>
-#include <sstream>
 #include <stdexcept>
 #include <utility>
 
 #include "core/progress.h"
+#include "core/text.h"
 
 namespace rkv {
 namespace {
 
-std::string seconds_text(double seconds) {
-  std::ostringstream text;
-  text << seconds << " s";
-  return text.str();
-}
+std::string seconds_text(double seconds) { return number_text(seconds) + " s"; }
 
 }  // namespace
 
@@ -23,7 +19,7 @@ Connection& Progress::get(PeerId peer) const { return *connections_.at(peer); }
 Bytes Progress::create_endpoint(PeerId peer, const std::string& label, const Token& token) {
   Bytes blob = backend_->create_endpoint(peer);
   connections_[peer] = std::make_unique<Connection>(
-      peer, label, token, static_cast<std::size_t>(config_.queue_depth), marks_);
+      peer, label, token, backend_->window(static_cast<std::size_t>(config_.queue_depth)), marks_);
   acceptor_.add_endpoint(token, peer);
   return blob;
 }

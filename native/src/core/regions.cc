@@ -2,10 +2,10 @@
 #include "core/regions.h"
 
 #include <algorithm>
-#include <sstream>
 #include <stdexcept>
 #include <utility>
 
+#include "core/text.h"
 #include "core/wire.h"
 
 namespace rkv {
@@ -18,9 +18,7 @@ constexpr std::size_t kDescribedRegions = 4;  ///< An error text needs no more t
 }  // namespace
 
 std::string MemoryRange::text() const {
-  std::ostringstream text;
-  text << "[0x" << std::hex << address << ", +" << std::dec << nbytes << ")";
-  return text.str();
+  return "[" + hex_text(address) + ", +" + std::to_string(nbytes) + ")";
 }
 
 RegionIndex::RegionIndex(std::vector<Region> regions) : regions_(std::move(regions)) {

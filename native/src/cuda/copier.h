@@ -41,9 +41,10 @@ static_assert(sizeof(CopyRow) == 32);
 /// Copies to one peer, in order, on a stream of their own that computing does not wait for.
 class Copier {
  public:
-  static constexpr std::size_t kMaxRows = 4096;  ///< Launched and not yet done.
-  /// Several launches in flight keep the GPU busy while the first is accounted for.
-  static constexpr std::size_t kRowsPerLaunch = 512;
+  static constexpr std::size_t kMaxRows = 16384;  ///< Launched and not yet done.
+  /// Several launches in flight keep the GPU busy while the first is accounted for; each costs the
+  /// stream about 8 us between two kernels.
+  static constexpr std::size_t kRowsPerLaunch = 4096;
 
   /// `peer_gate` is mapped here. @throw std::runtime_error
   Copier(std::shared_ptr<const CopyKernel> kernel, StreamMarks& marks, DevicePtr peer_gate);

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <deque>
 #include <memory>
@@ -31,6 +32,10 @@ class IpcBackend final : public Backend {
 
   [[nodiscard]] std::string_view name() const override { return "cuda_ipc"; }
   [[nodiscard]] std::uint8_t lanes() const override { return 1; }
+  /// A row in host memory is no entry of a NIC's queue.
+  [[nodiscard]] std::size_t window(std::size_t queue_depth) const override {
+    return std::max(queue_depth, Copier::kMaxRows);
+  }
   void attach(EventLoop& loop) override { loop_ = &loop; }
   [[nodiscard]] std::string describe() const override { return gpu_->text(); }
   [[nodiscard]] bool polls() const override { return true; }

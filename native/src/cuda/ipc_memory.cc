@@ -13,6 +13,7 @@
 
 #include "core/endpoint_descriptor.h"
 #include "core/error.h"
+#include "core/text.h"
 
 namespace rkv::cuda {
 namespace {
@@ -32,12 +33,6 @@ std::array<std::uint64_t, 2> boot_id() {
 std::uint64_t this_process() {
   static const std::uint64_t id = random_u64();
   return id;
-}
-
-std::string hex(std::uint64_t value) {
-  std::array<char, 20> text{};
-  std::snprintf(text.data(), text.size(), "0x%llx", static_cast<unsigned long long>(value));
-  return text.data();
 }
 
 class IpcMapping final : public Mapping {
@@ -129,12 +124,12 @@ Export export_pieces(const Gpu& gpu, const MemoryRange& range) {
     check(cuda,
           cuda.mem_retain_allocation_handle(
               &handle, reinterpret_cast<void*>(static_cast<std::uintptr_t>(at))),
-          "cuMemRetainAllocationHandle(" + hex(at) + ")");
+          "cuMemRetainAllocationHandle(" + hex_text(at) + ")");
     std::uint64_t shared = 0;  // an int, by the driver's words
     const Result exported =
         cuda.mem_export_to_shareable_handle(&shared, handle, kPosixFileDescriptor, 0);
     cuda.mem_release(handle);
-    check(cuda, exported, "cuMemExportToShareableHandle(" + hex(at) + ")",
+    check(cuda, exported, "cuMemExportToShareableHandle(" + hex_text(at) + ")",
           "this memory was not made for sharing; with PyTorch's expandable segments, set "
           "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:False");
     made.fds.emplace_back(static_cast<int>(static_cast<std::uint32_t>(shared)));

@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <sstream>
 
 #include "core/error.h"
 
@@ -31,10 +30,8 @@ iovec to_iovec(std::uint64_t address, std::uint64_t nbytes) {
 }
 
 [[noreturn]] void throw_bad_entry(std::size_t i, const TableEntry& entry, const char* why) {
-  std::ostringstream text;
-  text << "write frame, entry " << i << ": [0x" << std::hex << entry.address << ", +" << std::dec
-       << entry.nbytes << ") " << why;
-  throw FormatError(text.str());
+  throw FormatError("write frame, entry " + std::to_string(i) + ": " +
+                    MemoryRange{entry.address, entry.nbytes}.text() + " " + why);
 }
 
 }  // namespace
