@@ -17,8 +17,8 @@ EngineConfig make_config(std::string backend, std::string bind_host, std::string
                          std::int64_t gid_index, std::string near, std::int64_t traffic_class,
                          std::int64_t service_level, std::int64_t block_size,
                          std::int64_t queue_depth, std::int64_t qps_per_peer, double peer_timeout_s,
-                         double connect_timeout_s, std::int64_t spin_us,
-                         std::int64_t progress_cpu) {
+                         double connect_timeout_s, std::int64_t spin_us, std::int64_t progress_cpu,
+                         std::string link) {
   EngineConfig config{.backend = std::move(backend),
                       .bind_host = std::move(bind_host),
                       .devices = std::move(devices),
@@ -32,7 +32,8 @@ EngineConfig make_config(std::string backend, std::string bind_host, std::string
                       .peer_timeout_s = peer_timeout_s,
                       .connect_timeout_s = connect_timeout_s,
                       .spin_us = spin_us,
-                      .progress_cpu = progress_cpu};
+                      .progress_cpu = progress_cpu,
+                      .link = std::move(link)};
   config.validate();
   return config;
 }
@@ -51,6 +52,7 @@ void register_config(py::module_& module) {
            py::arg("peer_timeout_s") = defaults.peer_timeout_s,
            py::arg("connect_timeout_s") = defaults.connect_timeout_s,
            py::arg("spin_us") = defaults.spin_us, py::arg("progress_cpu") = defaults.progress_cpu,
+           py::arg("link") = defaults.link,
            "Raises ValueError naming the field that is out of range.")
       .def_readonly("backend", &EngineConfig::backend,
                     "'auto' (the best usable one), 'tcp', 'verbs' or 'cuda_ipc'.")
@@ -83,7 +85,11 @@ void register_config(py::module_& module) {
                     "Microseconds that the progress thread polls after activity before it blocks; "
                     "-1: the backend's own choice.")
       .def_readonly("progress_cpu", &EngineConfig::progress_cpu,
-                    "CPU that the progress thread is pinned to; -1: any near the device.");
+                    "CPU that the progress thread is pinned to; -1: any near the device.")
+      .def_readonly("link", &EngineConfig::link,
+                    "An emulated link to each peer, such as '25GB/s' or '12.5GB/s+5us' (rate and "
+                    "latency), for measurements: completions and signals wait until it would have "
+                    "carried the bytes. Empty: the hardware as it is.");
 }
 
 std::string event_repr(const Event& event) {

@@ -11,7 +11,7 @@ class EngineConfig:
     """
     Immutable settings of an Engine.
     """
-    def __init__(self, *, backend: str = 'auto', bind_host: str = '127.0.0.1', devices: str = 'auto', gid_index: typing.SupportsInt | typing.SupportsIndex = -1, near: str = '', traffic_class: typing.SupportsInt | typing.SupportsIndex = 0, service_level: typing.SupportsInt | typing.SupportsIndex = 0, block_size: typing.SupportsInt | typing.SupportsIndex = 1048576, queue_depth: typing.SupportsInt | typing.SupportsIndex = 1024, qps_per_peer: typing.SupportsInt | typing.SupportsIndex = 2, peer_timeout_s: typing.SupportsFloat | typing.SupportsIndex = 5.0, connect_timeout_s: typing.SupportsFloat | typing.SupportsIndex = 15.0, spin_us: typing.SupportsInt | typing.SupportsIndex = -1, progress_cpu: typing.SupportsInt | typing.SupportsIndex = -1) -> None:
+    def __init__(self, *, backend: str = 'auto', bind_host: str = '127.0.0.1', devices: str = 'auto', gid_index: typing.SupportsInt | typing.SupportsIndex = -1, near: str = '', traffic_class: typing.SupportsInt | typing.SupportsIndex = 0, service_level: typing.SupportsInt | typing.SupportsIndex = 0, block_size: typing.SupportsInt | typing.SupportsIndex = 1048576, queue_depth: typing.SupportsInt | typing.SupportsIndex = 1024, qps_per_peer: typing.SupportsInt | typing.SupportsIndex = 2, peer_timeout_s: typing.SupportsFloat | typing.SupportsIndex = 5.0, connect_timeout_s: typing.SupportsFloat | typing.SupportsIndex = 15.0, spin_us: typing.SupportsInt | typing.SupportsIndex = -1, progress_cpu: typing.SupportsInt | typing.SupportsIndex = -1, link: str = '') -> None:
         """
         Raises ValueError naming the field that is out of range.
         """
@@ -44,6 +44,11 @@ class EngineConfig:
     def gid_index(self) -> int:
         """
         GID table index of their ports; -1: RoCE v2 with an IPv4-mapped address first.
+        """
+    @property
+    def link(self) -> str:
+        """
+        An emulated link to each peer, such as '25GB/s' or '12.5GB/s+5us' (rate and latency), for measurements: completions and signals wait until it would have carried the bytes. Empty: the hardware as it is.
         """
     @property
     def near(self) -> str:

@@ -5,9 +5,11 @@
 #include <filesystem>
 #include <functional>
 #include <stdexcept>
+#include <utility>
 
 #include "backends/routed_backend.h"
 #include "cuda/ipc_backend.h"
+#include "paced/paced_backend.h"
 #include "tcp/tcp_backend.h"
 #ifdef RKV_HAVE_VERBS
 #include "verbs/verbs_backend.h"
@@ -96,13 +98,7 @@ std::unique_ptr<Backend> create_automatic(const EngineConfig& config) {
   return std::make_unique<RoutedBackend>(std::move(members));
 }
 
-}  // namespace
-
-std::vector<BackendInfo> probe_backends() {
-  return {probe_verbs(), probe_cuda_ipc(), {"tcp", true, "plain sockets; host memory only"}};
-}
-
-std::unique_ptr<Backend> create_backend(const EngineConfig& config) {
+std::unique_ptr<Backend> create_unpaced(const EngineConfig& config) {
   if (config.backend == "auto") return create_automatic(config);
   if (config.backend == "verbs") return create_verbs(config);
   if (config.backend == "cuda_ipc") return std::make_unique<cuda::IpcBackend>();
@@ -115,6 +111,18 @@ std::unique_ptr<Backend> create_backend(const EngineConfig& config) {
     names += ", " + info.name;
   }
   throw std::invalid_argument("backend is '" + config.backend + "'; it must be one of " + names);
+}
+
+}  // namespace
+
+std::vector<BackendInfo> probe_backends() {
+  return {probe_verbs(), probe_cuda_ipc(), {"tcp", true, "plain sockets; host memory only"}};
+}
+
+std::unique_ptr<Backend> create_backend(const EngineConfig& config) {
+  if (config.link.empty()) return create_unpaced(config);
+  paced::Link link = paced::parse_link(config.link);  // before anything is opened
+  return std::make_unique<paced::PacedBackend>(create_unpaced(config), std::move(link));
 }
 
 std::unique_ptr<Marks> create_marks() { return std::make_unique<cuda::StreamMarks>(); }

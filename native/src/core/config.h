@@ -30,6 +30,7 @@ struct EngineConfig {
   double connect_timeout_s = 15.0;      ///< From connect() until both sides are ready.
   std::int64_t spin_us = kAuto;         ///< Busy polling after activity; auto: the backend's own.
   std::int64_t progress_cpu = kAuto;    ///< CPU of the progress thread; auto: those near the NIC.
+  std::string link = {};                ///< Emulated, to each peer: "25GB/s+5us"; empty: none.
 
   /// @throw std::invalid_argument naming the field, its value and what is allowed.
   void validate() const;
