@@ -61,6 +61,12 @@ def cases(draw: st.DrawFn) -> Case:
     )
 
 
+def computed(out: Outgoing, tokens: int) -> None:
+    """All layers have this many tokens."""
+    for index in range(LAYERS):
+        out.layer_done(index, tokens, 0)
+
+
 def run(case: Case) -> tuple[dict[int, int], list[int], int]:
     """Play a prefill; returns {destination: source} of all writes, event sizes, writes twice."""
     here, there = layout(1 << 20), layout(1 << 30)
@@ -96,7 +102,7 @@ def run(case: Case) -> tuple[dict[int, int], list[int], int]:
                 flush(range(LAYERS))
             event += 1
             if step < LAYERS:
-                out.ready[step] = end
+                out.layer_done(step, end, 0)
                 flush(range(step, step + 1))
     if not out.target:
         out.set_target(peer, 7, [case.target_blocks], 0.0)
@@ -124,12 +130,12 @@ def test_a_partial_page_waits_for_the_last_chunk() -> None:
     peer: Any = SimpleNamespace(remote=SimpleNamespace(layers=layout(1 << 30).describe()))
     out.set_target(peer, 1, [[1, 2, 3]], 0.0)
     out.add_chunk(PrefillChunk("r", "t", 10, 6, ([5, 6],), True))
-    out.ready[:] = 6
+    computed(out, 6)
     writes = out.take_writes([0])
     assert writes is not None
     assert len(writes.nbytes) == 1
     out.add_chunk(PrefillChunk("r", "t", 10, 10, ([7],), False))
-    out.ready[:] = 10
+    computed(out, 10)
     writes = out.take_writes([0])
     assert writes is not None
     assert writes.source.tolist() == [(1 << 20) + 6 * PAGE_BYTES, (1 << 20) + 7 * PAGE_BYTES]
@@ -140,12 +146,12 @@ def test_a_preempted_request_sends_only_what_was_not_sent() -> None:
     peer: Any = SimpleNamespace(remote=SimpleNamespace(layers=layout(1 << 30).describe()))
     out.set_target(peer, 1, [[1, 2]], 0.0)
     out.add_chunk(PrefillChunk("r", "t", 8, 4, ([5],), True))
-    out.ready[:] = 4
+    computed(out, 4)
     assert out.take_writes(range(LAYERS)) is not None
     out.restart()
     assert out.take_writes(range(LAYERS)) is None
     out.add_chunk(PrefillChunk("r", "t", 8, 8, ([9, 10],), True))
-    out.ready[:] = 8
+    computed(out, 8)
     writes = out.take_writes(range(LAYERS))
     assert writes is not None
     assert np.unique((writes.source - (1 << 20)) // PAGE_BYTES % NUM_BLOCKS).tolist() == [10]

@@ -76,6 +76,7 @@ def kv_transfer_config(job: JobConfig, spec: EngineSpec) -> dict[str, Any]:
             "cancel_timeout_s": rdma.cancel_timeout_s,
             "lease_s": rdma.lease_s,
             "checksum": rdma.checksum,
+            "piecewise_graphs": spec.role == "prefill",
         },
     }
 

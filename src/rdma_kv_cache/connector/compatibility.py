@@ -40,7 +40,7 @@ def describe(config: VllmConfig, layout: KVLayout) -> dict[str, str]:
         "block size": ",".join(map(str, layout.block_tokens)),
         "attention backend": ",".join(backends),
         "CPU instruction set": _cpu_isa(config, backends),
-        "KV cache layout": str(getattr(cache, "kv_cache_layout", None)),
+        "KV cache layout": _page_order(layout),
         "layers": str(len(layout.layers)),
         "layer pages": _digest([(x.name, x.group, x.page_bytes) for x in layout.layers]),
     }
@@ -58,6 +58,12 @@ def first_difference(ours: dict[str, str], theirs: dict[str, str]) -> str | None
 def _digest(value: object) -> str:
     text = json.dumps(value, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _page_order(layout: KVLayout) -> str:
+    """What is outermost in a page, as the tensors say; vLLM's names for it change."""
+    orders = {"head-major" if layer.heads else "token-major" for layer in layout.layers}
+    return ",".join(sorted(orders))
 
 
 def _hf_config(config: VllmConfig) -> dict[str, object]:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from rdma_kv_cache.connector.layout import KVLayout
+    from rdma_kv_cache.connector.memory import KVMemory
     from rdma_kv_cache.connector.metadata import Load, RemoteTransfer, StepMetadata
     from rdma_kv_cache.connector.peers import Peer, Peers
     from rdma_kv_cache.connector.settings import Settings
@@ -64,6 +65,7 @@ class ConsumerWorker:
     def __init__(
         self,
         peers: Peers,
+        memory: KVMemory,
         layout: KVLayout,
         settings: Settings,
         stats: TransferStats,
@@ -71,6 +73,7 @@ class ConsumerWorker:
         fence: Callable[[Peer, str], None],
     ) -> None:
         self._peers = peers
+        self._memory = memory
         self._layout = layout
         self._settings = settings
         self._stats = stats
@@ -215,7 +218,7 @@ class ConsumerWorker:
         for base, nbytes in self._layout.storages:
             inside |= (addresses >= base) & (sizes >= 0) & (addresses + sizes <= base + nbytes)
         # Addresses come from the peer: what is not ours is damage, and must not be read.
-        found = _native.checksum(addresses[inside], sizes[inside])
+        found = _native.checksum(addresses[inside], sizes[inside], self._memory.kind)
         return int((~inside).sum() + (found != sums[inside]).sum())
 
     def _fail(self, incoming: Incoming, reason: str) -> None:

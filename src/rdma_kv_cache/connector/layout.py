@@ -20,13 +20,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer's pages: block b starts at `base + b * block_stride` and has `page_bytes` bytes."""
+    """One layer's pages: block b starts at `base + b * block_stride` and has `page_bytes` bytes.
+
+    `heads`: KV heads in a page if the bytes of each are one run, head after head; else 0.
+    """
 
     name: str
     group: int
     base: int
     block_stride: int
     page_bytes: int
+    heads: int = 0
 
 
 @dataclass(frozen=True)
@@ -103,4 +107,13 @@ def _layer(name: str, group: int, tensor: torch.Tensor, num_blocks: int) -> Laye
         base=tensor.data_ptr(),
         block_stride=row_stride * kernel_blocks,
         page_bytes=row_bytes * kernel_blocks,
+        heads=_heads(tensor) if kernel_blocks == 1 else 0,
     )
+
+
+def _heads(tensor: torch.Tensor) -> int:
+    """KV heads of a [blocks, heads, tokens, content] cache with heads outermost in a page."""
+    if tensor.dim() != 4:
+        return 0
+    heads = int(tensor.shape[1])
+    return heads if heads == 1 or tensor.stride(1) > tensor.stride(2) else 0

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
+    from rdma_kv_cache.connector.memory import KVMemory, Page
     from rdma_kv_cache.connector.messages import PeerMessage, RemoteLayer
     from rdma_kv_cache.protocol.bootstrap import FromWorker
 
@@ -44,7 +45,7 @@ class Peer:
     worker: WorkerId
     native: int
     attempt: int
-    probe: npt.NDArray[np.uint8]
+    probe: Page
     probe_memory: _native.LocalMemory
     remote: Hello | None = None
     usable: bool = False
@@ -59,12 +60,14 @@ class Peers:
         self,
         me: WorkerId,
         engine: _native.Engine,
+        memory: KVMemory,
         probes: bool,
         describe: Callable[[], tuple[list[bytes], dict[str, str], list[RemoteLayer]]],
         send_to_rank: Callable[[FromWorker], None],
     ) -> None:
         self._me = me
         self._engine = engine
+        self._memory = memory
         self._probes = probes
         self._describe = describe
         self._send_to_rank = send_to_rank
@@ -186,12 +189,11 @@ class Peers:
         peer = self._by_native.get(native)
         if peer is None or peer.remote is None or not self._probes:
             return
-        peer.probe[:] = np.frombuffer(secrets.token_bytes(PROBE_BYTES), dtype=np.uint8)
-        source, size = peer.probe.ctypes.data, PROBE_BYTES
-        target = _int64(peer.remote.probe_address)
-        self._engine.write(native, _int64(source), target, _int64(size), PROBE_IMM)
+        peer.probe.fill(secrets.token_bytes(PROBE_BYTES))
+        source, target = _int64(peer.probe.address), _int64(peer.remote.probe_address)
+        self._engine.write(native, source, target, _int64(PROBE_BYTES), PROBE_IMM)
         self.probes += 1
-        self.send(peer, Probe(_checksum(source)))
+        self.send(peer, Probe(self._checksum(peer.probe)))
 
     def probe_written(self, peer: Peer) -> None:
         """The probe's signal arrived."""
@@ -213,7 +215,7 @@ class Peers:
     def _answer_probe(self, peer: Peer) -> None:
         if not peer.probe_landed or peer.probe_checksum is None:
             return
-        ok = _checksum(peer.probe.ctypes.data) == peer.probe_checksum
+        ok = self._checksum(peer.probe) == peer.probe_checksum
         self.send(peer, ProbeResult(ok))
         if ok:
             self._usable(peer)
@@ -225,8 +227,9 @@ class Peers:
         self._send_to_rank(PeerState(self._me, peer.worker, connected=True))
 
     def _offer(self, worker: WorkerId, attempt: int) -> Peer:
-        probe = np.zeros(PROBE_BYTES, dtype=np.uint8)
-        probe_memory = self._engine.register_memory(probe.ctypes.data, PROBE_BYTES, "host")
+        # Of the KV cache's kind: the probe takes the way that pages take.
+        probe = self._memory.page(PROBE_BYTES)
+        probe_memory = self._engine.register_memory(probe.address, PROBE_BYTES, self._memory.kind)
         endpoint = self._engine.create_endpoint(str(worker))
         peer = Peer(worker, endpoint.peer, attempt, probe, probe_memory)
         self._by_worker[worker] = self._by_native[peer.native] = peer
@@ -236,11 +239,15 @@ class Peers:
             memory=[*memory, probe_memory.descriptor],
             compatibility=compatibility,
             layers=layers,
-            probe_address=probe.ctypes.data,
+            probe_address=probe.address,
             attempt=attempt,
         )
         self._send_to_rank(Bundle(self._me, worker, encode(hello)))
         return peer
+
+    def _checksum(self, page: Page) -> int:
+        sums = _native.checksum(_int64(page.address), _int64(PROBE_BYTES), self._memory.kind)
+        return int(sums[0])
 
     def _retry_later(self, peer: Peer) -> None:
         _, attempt = self._retries.get(peer.worker, (0.0, peer.attempt))
@@ -251,7 +258,3 @@ class Peers:
 
 def _int64(value: int) -> npt.NDArray[np.int64]:
     return np.array([value], dtype=np.int64)
-
-
-def _checksum(address: int) -> int:
-    return int(_native.checksum(_int64(address), _int64(PROBE_BYTES))[0])

@@ -2,13 +2,15 @@
 """Worker side of a prefill engine: writes pages as soon as both sides know of the transfer.
 
 One mechanism: whenever a layer is computed or a REGISTER arrives, everything that is final and not
-yet sent is written. All methods run under the runtime's lock.
+yet sent is written. On a GPU 'computed' means launched: a *mark* of the engine stands behind a
+layer's kernels in their stream, and every write of its pages names the mark that it has to wait
+for. All methods but `has_chunks`, `awaits_gpu` and `mark` run under the runtime's lock.
 """
 
 from __future__ import annotations
 
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from typing import TYPE_CHECKING
 
 from rdma_kv_cache import _native
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from rdma_kv_cache.connector.layout import KVLayout
+    from rdma_kv_cache.connector.memory import KVMemory
     from rdma_kv_cache.connector.metadata import PrefillEnd, StepMetadata
     from rdma_kv_cache.connector.outgoing import PageWrites
     from rdma_kv_cache.connector.peers import Peer, Peers
@@ -39,6 +42,9 @@ logger = get_logger(__name__)
 MAX_REMEMBERED_ENDS = 10_000
 """Transfers whose end is remembered, so that a late REGISTER is refused at once."""
 
+LOOK_AGAIN_S = 50e-6
+"""Pause between two looks at a mark that checksum mode waits for."""
+
 
 class ProducerWorker:
     """All transfers of one prefill worker."""
@@ -46,12 +52,14 @@ class ProducerWorker:
     def __init__(
         self,
         engine: _native.Engine,
+        memory: KVMemory,
         peers: Peers,
         layout: KVLayout,
         settings: Settings,
         stats: TransferStats,
     ) -> None:
         self._engine = engine
+        self._memory = memory
         self._peers = peers
         self._layout = layout
         self._settings = settings
@@ -63,6 +71,11 @@ class ProducerWorker:
         self._ended: OrderedDict[str, str] = OrderedDict()
         self._finished: set[str] = set()
         self._step: list[tuple[Outgoing, int]] = []
+        # In the order of their marks: writes that wait for the GPU, and prefills whose last layer
+        # is launched.
+        self._gated: deque[tuple[int, int]] = deque()
+        self._launched: deque[tuple[int, Outgoing]] = deque()
+        self._looked_at = time.monotonic()
         self._layer_index = {layer.name: i for i, layer in enumerate(layout.layers)}
 
     # From vLLM's step
@@ -79,24 +92,42 @@ class ProducerWorker:
         for end in meta.ends:
             self._prefill_ended(end)
 
-    def layer_computed(self, layer_name: str) -> None:
-        """A layer of the running step is done: its pages can go while the next one computes."""
+    @property
+    def has_chunks(self) -> bool:
+        """Whether the running step computes KV that is to be sent."""
+        return bool(self._step)
+
+    def mark(self) -> int:
+        """A mark behind all kernels that this thread has launched; 0 where there is no stream."""
+        stream = self._memory.stream()
+        return 0 if stream is None else self._engine.mark(stream)
+
+    def layer_computed(self, layer_name: str, mark: int = 0) -> None:
+        """A layer of the running step is done once `mark` is reached: its pages can go while the
+        next one computes."""
         index = self._layer_index.get(layer_name)
         if index is None:
             return
         for out, computed in self._step:
-            out.ready[index] = computed
-            if computed >= out.prompt_tokens and (out.ready >= computed).all():
-                out.computed_at = time.monotonic()
+            out.layer_done(index, computed, mark)
+            if computed >= out.prompt_tokens and out.is_computed():
+                self._note_computed(out, mark)
             self._flush(out, (index,))
 
     def end_step(self) -> None:
-        """Completeness sweep: whatever no layer hook announced is final by now."""
+        """Completeness sweep: what no layer hook announced (a whole model in one CUDA graph has no
+        hooks) is final by now, or once one mark for all of it is reached."""
+        mark = 0
         for out, computed in self._step:
-            if computed >= out.prompt_tokens and out.computed_at is None:
-                out.computed_at = time.monotonic()
-            out.ready[:] = computed
-            self._flush(out, range(len(self._layout.layers)))
+            missing = out.layers_behind(computed)
+            if len(missing) == 0:
+                continue
+            mark = mark or self.mark()
+            for index in missing:
+                out.layer_done(index, computed, mark)
+            if computed >= out.prompt_tokens:
+                self._note_computed(out, mark)
+            self._flush(out, missing)
         self._step = []
 
     def in_flight(self, req_ids: Iterable[str]) -> bool:
@@ -145,11 +176,9 @@ class ProducerWorker:
         out = self._by_write.pop(write_id, None)
         if out is None:
             return
-        out.in_flight.discard(write_id)
-        if not out.in_flight:
-            out.busy_s += time.monotonic() - out.flight_began
-            if ok and not out.closed and out.all_sent():
-                self._delivered(out)
+        out.write_ended(write_id, time.monotonic())
+        if not out.in_flight and ok and not out.closed and out.all_sent():
+            self._delivered(out)
         self._finish_if_done(out)
 
     def on_peer_lost(self, peer: Peer) -> None:
@@ -160,7 +189,9 @@ class ProducerWorker:
                 self._drop(out.transfer_id, "its decode engine is gone")
 
     def tick(self, now: float) -> None:
-        """End leases: blocks are never held for a decode engine that does not come."""
+        """Look how far the GPU is, and end leases: blocks are never held for a decode engine that
+        does not come."""
+        self._look_at_gpu(now)
         for out in list(self._by_transfer.values()):
             if out.target is None and out.end is not None and out.lease_until <= now:
                 logger.warning(
@@ -168,6 +199,40 @@ class ProducerWorker:
                     out.transfer_id, self._settings.lease_s,
                 )  # fmt: skip
                 self._drop(out.transfer_id, "its lease ran out")
+
+    # The GPU's progress
+
+    @property
+    def awaits_gpu(self) -> bool:
+        """Whether a layer is launched whose end matters to a figure."""
+        return bool(self._gated or self._launched)
+
+    def _look_at_gpu(self, now: float) -> None:
+        while self._gated and self._engine.reached(self._gated[0][0]):
+            _, write_id = self._gated.popleft()
+            if (out := self._by_write.get(write_id)) is not None:
+                out.write_began(write_id, now)
+        while self._launched and self._engine.reached(self._launched[0][0]):
+            _, out = self._launched.popleft()
+            # It was reached since the last look: exposed time is never shown too small.
+            out.computed_at = max(self._looked_at, out.launched_at)
+        self._looked_at = now
+
+    def _note_computed(self, out: Outgoing, mark: int) -> None:
+        out.launched_at = time.monotonic()
+        if mark:
+            self._launched.append((mark, out))
+        else:
+            out.computed_at = out.launched_at
+
+    def _wait_reached(self, mark: int) -> bool:
+        """Wait for the GPU, at most `transfer_timeout_s`; False if that was not enough."""
+        deadline = time.monotonic() + self._settings.transfer_timeout_s
+        while mark and not self._engine.reached(mark):
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(LOOK_AGAIN_S)
+        return True
 
     # One transfer
 
@@ -209,13 +274,18 @@ class ProducerWorker:
         return None
 
     def _flush(self, out: Outgoing, layers: Iterable[int]) -> None:
-        writes = out.take_writes(layers)
+        try:
+            writes = out.take_writes(layers)
+        except ValueError as error:
+            self._refuse(out, str(error))
+            self._finish_if_done(out)
+            return
         if writes is None:
             return
         assert out.target is not None
         target = out.target
-        if self._settings.checksum:
-            self._send_checksums(out, writes)
+        if self._settings.checksum and not self._send_checksums(out, writes):
+            return
         try:
             complete = out.all_sent() and not out.signalled
             self._post(out, target.peer, writes, target.epoch if complete else None)
@@ -223,24 +293,33 @@ class ProducerWorker:
         except ValueError as error:
             # Block ids outside decode's memory: a wrong REGISTER must not end this engine.
             self._refuse(out, f"write to {target.peer.worker}: {error}")
+            self._finish_if_done(out)
         except RuntimeError as error:
             # The peer was lost a moment ago; its PEER_LOST event is still to be read.
             logger.debug("transfer %s: %s", out.transfer_id, error)
 
     def _post(self, out: Outgoing, peer: Peer, writes: PageWrites, imm: int | None) -> None:
         write_id = self._engine.write(
-            peer.native, writes.source, writes.destination, writes.nbytes, imm
+            peer.native, writes.source, writes.destination, writes.nbytes, imm, writes.after
         )
-        if not out.in_flight:
-            out.flight_began = time.monotonic()
         out.in_flight.add(write_id)
         self._by_write[write_id] = out
-        self._stats.add("bytes", int(writes.nbytes.sum()))
+        if writes.after:
+            self._gated.append((writes.after, write_id))
+        else:
+            out.write_began(write_id, time.monotonic())
+        self._stats.add("bytes", writes.total_bytes)
         self._stats.add("descriptors", len(writes.nbytes))
 
-    def _send_checksums(self, out: Outgoing, writes: PageWrites) -> None:
+    def _send_checksums(self, out: Outgoing, writes: PageWrites) -> bool:
+        """Tell decode what the pages contain; False if the GPU did not come to compute them."""
         assert out.target is not None
-        sums = _native.checksum(writes.source, writes.nbytes)
+        if not self._wait_reached(writes.after):
+            limit = self._settings.transfer_timeout_s
+            self._refuse(out, f"rdma.checksum: the GPU did not end a layer within {limit:g} s")
+            self._finish_if_done(out)
+            return False
+        sums = _native.checksum(writes.source, writes.nbytes, self._memory.kind)
         message = Checksums(
             epoch=out.target.epoch,
             addresses=writes.destination.tobytes(),
@@ -249,10 +328,14 @@ class ProducerWorker:
             total_pages=out.pages_posted if out.all_sent() else 0,
         )
         self._peers.send(out.target.peer, message)
+        return True
 
     def _delivered(self, out: Outgoing) -> None:
         now = time.monotonic()
-        visible_from = max(out.target_at, out.computed_at or now)
+        if out.computed_at is None:
+            # Its last write is acknowledged, so it was computed since the last look.
+            out.computed_at = max(self._looked_at, out.launched_at)
+        visible_from = max(out.target_at, out.computed_at)
         self._stats.add("transfers", 1)
         self._stats.add("busy_seconds", out.busy_s)
         self._stats.add("exposed_seconds", min(out.busy_s, max(0.0, now - visible_from)))

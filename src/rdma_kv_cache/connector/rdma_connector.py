@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
@@ -22,6 +23,11 @@ try:  # vLLM >= 0.30; older runners call get_finished() only
 except ImportError:
     KVConnectorTransferResults = None
 
+# Older schedulers have no way to be told of a failed load in a model of several KV cache groups.
+# Without this base vLLM keeps one group (sliding windows are cached as full attention), where a
+# failed load is recomputed.
+_Hybrid: type = SupportsHMA if KVConnectorTransferResults is not None else object
+
 if TYPE_CHECKING:
     import torch
     from vllm.config import VllmConfig
@@ -35,7 +41,7 @@ if TYPE_CHECKING:
     from rdma_kv_cache.connector.worker import ConnectorWorker
 
 
-class RDMAConnector(KVConnectorBase_V1, SupportsHMA):
+class RDMAConnector(KVConnectorBase_V1, _Hybrid):
     """Pushes KV pages from prefill to decode, layer by layer; see ARCHITECTURE.md."""
 
     def __init__(
@@ -54,6 +60,24 @@ class RDMAConnector(KVConnectorBase_V1, SupportsHMA):
             self._producer = ProducerScheduler(settings, tp_size)
         if transfer.is_kv_consumer:
             self._consumer = ConsumerScheduler()
+
+    # Asked before there is an instance
+
+    @classmethod
+    def get_required_kvcache_layout(cls, vllm_config: VllmConfig) -> str | None:
+        """Heads outermost in a page: then a TP rank's heads are one run of bytes in it, and engines
+        of different TP sizes can meet. It costs the attention kernels nothing."""
+        if vllm_config.model_config is None or vllm_config.model_config.use_mla:
+            return None  # one latent 'head': no order to choose
+        # vLLM >= 0.29 names all dimensions: layers, blocks, heads, tokens (N), content.
+        return "LBHNC" if find_spec("vllm.v1.kv_cache_layout") is not None else "HND"
+
+    @classmethod
+    def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
+        """True for prefill: one CUDA graph of the whole model has no layer hooks, and its pages
+        could go only when all layers are computed. Prefill gains little by such graphs: they are
+        for short steps. Decode, which lives by them, sends nothing and keeps them."""
+        return bool(extra_config.get("piecewise_graphs", False))
 
     # Scheduler side
 
@@ -128,17 +152,23 @@ class RDMAConnector(KVConnectorBase_V1, SupportsHMA):
         # Not at module level: config code imports this class where no engine may be loaded.
         from rdma_kv_cache.connector.compatibility import describe
         from rdma_kv_cache.connector.layout import KVLayout
+        from rdma_kv_cache.connector.memory import CudaMemory, HostMemory
         from rdma_kv_cache.connector.worker import ConnectorWorker
 
+        transfer, parallel = self._vllm_config.kv_transfer_config, self._vllm_config.parallel_config
+        if transfer.is_kv_producer and getattr(parallel, "use_ubatching", False):
+            raise ValueError(
+                "RDMAConnector: with micro-batches (--enable-dbo) a layer hook comes before all "
+                "tokens of the layer are computed; start the prefill engines without them"
+            )
         layout = KVLayout.from_tensors(kv_caches, self._kv_cache_config)
-        device = next(iter(kv_caches.values())).device.type
-        transfer = self._vllm_config.kv_transfer_config
+        device = next(iter(kv_caches.values())).device
         self._worker = ConnectorWorker(
             self._settings,
             layout,
             describe(self._vllm_config, layout),
             tp_rank=int(get_tensor_model_parallel_rank()),
-            memory_kind="host" if device == "cpu" else device,
+            memory=HostMemory() if device.type == "cpu" else CudaMemory(device),
             produces=transfer.is_kv_producer,
             consumes=transfer.is_kv_consumer,
         )

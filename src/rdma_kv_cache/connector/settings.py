@@ -13,7 +13,8 @@ class Settings:
     """Connector settings; times in seconds, sizes in bytes.
 
     `incarnation` names one life of this engine: a restarted engine has another one, and nothing
-    that was meant for the old one is accepted by the new one.
+    that was meant for the old one is accepted by the new one. `link`: see the native engine's
+    EngineConfig. `piecewise_graphs` is read before there are Settings, see RDMAConnector.
     """
 
     engine: str
@@ -34,6 +35,8 @@ class Settings:
     cancel_timeout_s: float = 5.0
     lease_s: float = 30.0
     checksum: bool = False
+    piecewise_graphs: bool = False
+    link: str = ""
 
     @classmethod
     def from_kv_transfer_config(cls, config: Any) -> Settings:

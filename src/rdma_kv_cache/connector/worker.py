@@ -3,7 +3,9 @@
 
 Two threads meet here under one lock: vLLM's forward thread (steps, layers) and ours (events of the
 engine, deadlines). Nothing on the forward thread waits for the network, but for one bounded case:
-blocks that vLLM takes back by preemption while a write still reads them.
+blocks that vLLM takes back by preemption while a write still reads them. (In checksum mode it also
+waits for the GPU, layer by layer.) Our thread holds the lock for a few events at a time, so that a
+layer hook waits tens of microseconds at most.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from rdma_kv_cache._native import EventKind
 from rdma_kv_cache.connector.bootstrap_link import BootstrapLink
 from rdma_kv_cache.connector.consumer_worker import ConsumerWorker
 from rdma_kv_cache.connector.log import get_logger
+from rdma_kv_cache.connector.memory import HostMemory
 from rdma_kv_cache.connector.messages import (
     PROBE_IMM,
     Cancel,
@@ -39,6 +42,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from rdma_kv_cache.connector.layout import KVLayout
+    from rdma_kv_cache.connector.memory import KVMemory
     from rdma_kv_cache.connector.messages import RemoteLayer
     from rdma_kv_cache.connector.metadata import StepMetadata
     from rdma_kv_cache.connector.settings import Settings
@@ -47,6 +51,13 @@ logger = get_logger(__name__)
 
 TICK_S = 0.1
 """Longest time between two looks at deadlines."""
+
+GPU_TICK_S = 0.001
+"""The same while the GPU has not reached a layer whose pages are to go: the resolution of the time
+figures on a GPU. A look costs 2 us of this thread."""
+
+EVENTS_A_TURN = 16
+"""Events handled under one hold of the lock."""
 
 
 class ConnectorWorker:
@@ -59,7 +70,7 @@ class ConnectorWorker:
         compatibility: dict[str, str],
         *,
         tp_rank: int = 0,
-        memory_kind: str = "host",
+        memory: KVMemory | None = None,
         produces: bool,
         consumes: bool,
     ) -> None:
@@ -74,26 +85,29 @@ class ConnectorWorker:
         self._writes_reported = 0
         self._held_reported = -1
         self._failure: Exception | None = None
-        config = _engine_config(settings, _near(layout.storages[0][0], memory_kind))
+        memory = HostMemory() if memory is None else memory
+        config = _engine_config(settings, memory.near(layout.storages[0][0]))
         self._engine = _native.Engine(config, settings.incarnation)
         logger.info("transport %s: %s", self._engine.backend, self._engine.description)
         # Only decode's KV blocks are written by peers; prefill's are read by its own NIC.
         self._memory = [
-            self._engine.register_memory(base, nbytes, memory_kind, peer_writable=consumes)
+            self._engine.register_memory(base, nbytes, memory.kind, peer_writable=consumes)
             for base, nbytes in layout.storages
         ]
         self._link = BootstrapLink(
             settings.bootstrap_socket, settings.connect_timeout_s, self._on_bootstrap
         )
-        self._peers = Peers(self._me, self._engine, produces, self._describe, self._link.send)
+        self._peers = Peers(
+            self._me, self._engine, memory, produces, self._describe, self._link.send
+        )
         self._producer = self._consumer = None
         if produces:
             self._producer = ProducerWorker(
-                self._engine, self._peers, layout, settings, self._stats
+                self._engine, memory, self._peers, layout, settings, self._stats
             )
         if consumes:
             self._consumer = ConsumerWorker(
-                self._peers, layout, settings, self._stats, tp_rank, self._fence
+                self._peers, memory, layout, settings, self._stats, tp_rank, self._fence
             )
         self._thread = threading.Thread(target=self._progress, name="rkv-connector", daemon=True)
         self._thread.start()
@@ -136,14 +150,17 @@ class ConnectorWorker:
             time.sleep(0.001)
 
     def layer_computed(self, layer_name: str) -> None:
-        """A layer's attention op returned: its KV of this step is in the pages."""
-        if self._producer is not None:
+        """A layer's attention op returned: its KV of this step is in the pages, or will be as
+        soon as the GPU has done what was launched so far."""
+        # Only this thread changes the step, so most steps of a busy engine need no lock here.
+        if self._producer is not None and self._producer.has_chunks:
+            mark = self._producer.mark()
             with self._lock:
-                self._producer.layer_computed(layer_name)
+                self._producer.layer_computed(layer_name, mark)
 
     def end_step(self) -> None:
-        """The forward pass is over."""
-        if self._producer is not None:
+        """The forward pass is over, or launched."""
+        if self._producer is not None and self._producer.has_chunks:
             with self._lock:
                 self._producer.end_step()
 
@@ -201,9 +218,11 @@ class ConnectorWorker:
 
     def _progress(self) -> None:
         while not self._stopping.is_set():
-            self._engine.wait(TICK_S)
+            awaits_gpu = self._producer is not None and self._producer.awaits_gpu
+            self._engine.wait(GPU_TICK_S if awaits_gpu else TICK_S)
+            events = self._engine.poll(EVENTS_A_TURN)
             with self._lock, self._reported("progress"):
-                for event in self._engine.poll():
+                for event in events:
                     self._on_event(event)
                 now = time.monotonic()
                 self._peers.tick(now)
@@ -276,12 +295,6 @@ class ConnectorWorker:
         return memory, self._compatibility, self._layout.describe()
 
 
-def _near(address: int, memory_kind: str) -> str:
-    """Where the KV memory is, for the choice of NICs; empty if that is not known."""
-    node = _native.numa_node(address) if memory_kind == "host" else -1
-    return f"numa:{node}" if node >= 0 else ""
-
-
 def _engine_config(settings: Settings, near: str) -> _native.EngineConfig:
     return _native.EngineConfig(
         backend=settings.backend,
@@ -296,4 +309,5 @@ def _engine_config(settings: Settings, near: str) -> _native.EngineConfig:
         qps_per_peer=settings.qps_per_peer,
         peer_timeout_s=settings.peer_timeout_s,
         connect_timeout_s=settings.connect_timeout_s,
+        link=settings.link,
     )
