@@ -107,9 +107,9 @@ def test_a_register_in_mid_step_waits_for_what_is_launched() -> None:
     rig.begin(chunks=[chunk([1], 4, 4)])
     rig.launch("l0", "l1")
     rig.register([9], 4)
-    assert rig.gpu.writes == [([0, 1], None, 2)]
+    assert rig.gpu.writes == [([0], None, 1), ([1], None, 2)]
     rig.launch("l2")
-    assert rig.gpu.writes[1:] == [([2], 1, 3)]
+    assert rig.gpu.writes[2:] == [([2], 1, 3)]
 
 
 def test_a_late_register_does_not_wait_for_a_later_request() -> None:
@@ -119,8 +119,9 @@ def test_a_late_register_does_not_wait_for_a_later_request() -> None:
     rig.producer.end_step()
     rig.begin(chunks=[chunk([2], 4, 4, "other")], ends=[end()])
     rig.launch("l0", "l1")
+    rig.gpu.reached_upto = 2
     rig.register([9], 4)
-    assert rig.gpu.writes == [([0, 1, 2], 1, 3)]
+    assert rig.gpu.writes == [([0, 1], None, 0), ([2], 1, 3)]
 
 
 def test_one_mark_for_all_layers_that_no_hook_announced() -> None:
@@ -130,7 +131,7 @@ def test_one_mark_for_all_layers_that_no_hook_announced() -> None:
     rig.begin(chunks=[chunk([1], 4, 4), chunk([2], 4, 4, "u")])
     rig.launch("l0")
     rig.producer.end_step()
-    assert rig.gpu.writes[2:] == [([1, 2], 1, 2), ([1, 2], 1, 2)]
+    assert [after for _, _, after in rig.gpu.writes[2:]] == [2, 2, 2, 2]
     assert rig.gpu.marks == 2
 
 

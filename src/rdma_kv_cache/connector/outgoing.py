@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     import numpy.typing as npt
 
@@ -33,7 +33,7 @@ class Target:
     blocks: tuple[Int64s, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PageWrites:
     """Page copies: local address, remote address and size in bytes, int64 arrays of one length.
 
@@ -152,26 +152,24 @@ class Outgoing:
             self.sent[index] = first[layer.group]
             self._layers_sent += first[layer.group] >= totals[layer.group]
 
-    def take_writes(self, layers: Iterable[int]) -> PageWrites | None:
+    def take_writes(
+        self, layers: Iterable[int], reached: Callable[[int], bool]
+    ) -> list[PageWrites]:
         """Page copies of these layers that have become possible; they then count as sent.
 
-        Raises ValueError if decode wants a page that is not held here any more.
+        One item for all layers whose marks are reached, then one for each other layer: marks of
+        different streams cannot be compared. Raises ValueError if decode wants a page that is not
+        held here any more.
         """
         if self.target is None or self.closed:
-            return None
+            return []
         parts = [p for index in layers if (p := self._layer_writes(self.target, index))]
-        if not parts:
-            return None
         self.pages_posted += sum(len(part.nbytes) for part in parts)
-        if len(parts) == 1:
-            return parts[0]
-        return PageWrites(
-            np.concatenate([part.source for part in parts]),
-            np.concatenate([part.destination for part in parts]),
-            np.concatenate([part.nbytes for part in parts]),
-            max(part.after for part in parts),
-            sum(part.total_bytes for part in parts),
-        )
+        if len(parts) < 2:
+            return parts
+        final = [part for part in parts if part.after == 0 or reached(part.after)]
+        gated = [part for part in parts if part not in final] if len(final) < len(parts) else []
+        return [_join(final), *gated] if final else gated
 
     def all_sent(self) -> bool:
         """True if every page of every layer was posted."""
@@ -229,3 +227,13 @@ class Outgoing:
         here, there = here[wanted], there[wanted]
         nbytes = np.full(len(here), page_bytes, dtype=np.int64)
         return _Pages(key, here * stride_here, there * stride_there, nbytes, page_bytes * len(here))
+
+
+def _join(parts: list[PageWrites]) -> PageWrites:
+    return PageWrites(
+        np.concatenate([part.source for part in parts]),
+        np.concatenate([part.destination for part in parts]),
+        np.concatenate([part.nbytes for part in parts]),
+        0,
+        sum(part.total_bytes for part in parts),
+    )

@@ -275,20 +275,22 @@ class ProducerWorker:
 
     def _flush(self, out: Outgoing, layers: Iterable[int]) -> None:
         try:
-            writes = out.take_writes(layers)
+            parts = out.take_writes(layers, self._engine.reached)
         except ValueError as error:
             self._refuse(out, str(error))
             self._finish_if_done(out)
             return
-        if writes is None:
+        if not parts:
             return
         assert out.target is not None
         target = out.target
-        if self._settings.checksum and not self._send_checksums(out, writes):
+        if self._settings.checksum and not all(self._send_checksums(out, w) for w in parts):
             return
+        complete = out.all_sent() and not out.signalled
         try:
-            complete = out.all_sent() and not out.signalled
-            self._post(out, target.peer, writes, target.epoch if complete else None)
+            for writes in parts:
+                is_last = complete and writes is parts[-1]
+                self._post(out, target.peer, writes, target.epoch if is_last else None)
             out.signalled = out.signalled or complete
         except ValueError as error:
             # Block ids outside decode's memory: a wrong REGISTER must not end this engine.

@@ -13,8 +13,7 @@ class Settings:
     """Connector settings; times in seconds, sizes in bytes.
 
     `incarnation` names one life of this engine: a restarted engine has another one, and nothing
-    that was meant for the old one is accepted by the new one. `link`: see the native engine's
-    EngineConfig. `piecewise_graphs` is read before there are Settings, see RDMAConnector.
+    that was meant for the old one is accepted by the new one. `piecewise_graphs` is read before there are Settings, see RDMAConnector.
     """
 
     engine: str
@@ -36,7 +35,6 @@ class Settings:
     lease_s: float = 30.0
     checksum: bool = False
     piecewise_graphs: bool = False
-    link: str = ""
 
     @classmethod
     def from_kv_transfer_config(cls, config: Any) -> Settings:
