@@ -13,7 +13,8 @@ class Settings:
     """Connector settings; times in seconds, sizes in bytes.
 
     `incarnation` names one life of this engine: a restarted engine has another one, and nothing
-    that was meant for the old one is accepted by the new one. `piecewise_graphs` is read before there are Settings, see RDMAConnector.
+    that was meant for the old one is accepted by the new one. `piecewise_graphs` is read before
+    there are Settings, see RDMAConnector.
     """
 
     engine: str
