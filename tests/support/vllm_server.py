@@ -32,8 +32,9 @@ def rest_between_polls() -> None:
 
 
 class VllmServer:
-    """`with VllmServer(log, core=0, args=[…]) as server:`, then `server.url`.
+    """`with VllmServer(log, core="0", args=[…]) as server:`, then `server.url`.
 
+    `core` is for vLLM's CPU build; "" leaves the choice to it.
     Raises RuntimeError with the end of the log if the server does not become healthy.
     """
 
@@ -41,8 +42,9 @@ class VllmServer:
         self,
         log: Path,
         *,
-        core: str,
+        core: str = "",
         args: list[str],
+        model: Path = MODEL,
         kv_transfer: dict[str, Any] | None = None,
         env: dict[str, str] | None = None,
     ) -> None:
@@ -51,14 +53,14 @@ class VllmServer:
         self.log = log
         self._argv = [
             sys.executable, "-m", "vllm.entrypoints.openai.api_server",
-            "--model", str(MODEL), "--served-model-name", "smollm2-135m",
+            "--model", str(model), "--served-model-name", model.name,
             "--host", "127.0.0.1", "--port", str(self.port), *args,
         ]  # fmt: skip
         if kv_transfer is not None:
             self._argv += ["--kv-transfer-config", json.dumps(kv_transfer)]
         self._env = {
             **os.environ,
-            "VLLM_CPU_OMP_THREADS_BIND": core,
+            **({"VLLM_CPU_OMP_THREADS_BIND": core} if core else {}),
             "HF_HUB_OFFLINE": "1",
             "VLLM_NO_USAGE_STATS": "1",
             **(env or {}),
