@@ -18,7 +18,9 @@ constexpr std::size_t kDescribedRegions = 4;  ///< An error text needs no more t
 }  // namespace
 
 std::string MemoryRange::text() const {
-  return "[" + hex_text(address) + ", +" + std::to_string(nbytes) + ")";
+  std::string text("[");
+  text.append(hex_text(address)).append(", +").append(std::to_string(nbytes)).append(")");
+  return text;
 }
 
 RegionIndex::RegionIndex(std::vector<Region> regions) : regions_(std::move(regions)) {
