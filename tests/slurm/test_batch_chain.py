@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
@@ -120,7 +120,22 @@ def expect_successor(lab: Lab, place: Path, event: Callable[[Lab, int], None]) -
     lab.wait_for(first.job_id, "FAILED", "NODE_FAIL", "CANCELLED", "PREEMPTED", timeout_s=LIMIT_S)
     done = lines_done(place)
     assert done < PROMPTS
+    # Also before the second one has an answer of its own.
+    seen = batch_of(lab, second)
+    assert seen["total"] == PROMPTS
+    assert seen["answered"] >= batch_of(lab, first)["answered"] > 0
     expect_completed(lab, place, second)
+    seen = batch_of(lab, second)
+    assert (seen["answered"], seen["failed"]) == (PROMPTS, 0)
+    assert seen["per_minute"] > 0
+
+
+def batch_of(lab: Lab, job: records.Record) -> dict[str, Any]:
+    """What `rdma-kv status` says of the job's batch."""
+    runs = ["--runs", str(job.path.parent)]
+    said = lab.check(*RDMA_KV, "status", str(job.job_id), "--json", *runs)
+    batch: dict[str, Any] = json.loads(said)["batch"]
+    return batch
 
 
 def expect_completed(lab: Lab, place: Path, job: records.Record) -> None:

@@ -45,7 +45,7 @@ class Display:
         elapsed_s = tally.elapsed_s()
         finished = tally.ok + tally.failed
         remaining = self._total - done
-        eta = _clock(remaining * elapsed_s / finished) if finished else "?"
+        eta = clock(remaining * elapsed_s / finished) if finished else "?"
         text = f"{tally.output_tokens / elapsed_s:.1f} output tokens/s, ETA {eta}"
         now = time.monotonic()
         if self._bar:
@@ -55,7 +55,8 @@ class Display:
             self._console.print(f"{done}/{self._total} done, {text}", soft_wrap=True)
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Return a duration as 1:02:03."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}"

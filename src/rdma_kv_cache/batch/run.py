@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import signal
 import uuid
 from contextlib import asynccontextmanager
@@ -18,6 +19,7 @@ from rdma_kv_cache.batch.display import Display
 from rdma_kv_cache.batch.errors import ServerGoneError
 from rdma_kv_cache.batch.lines import Rejected, read_requests
 from rdma_kv_cache.batch.progress import Fingerprint, Progress, progress_path
+from rdma_kv_cache.batch.state import BatchState, write_state
 from rdma_kv_cache.batch.stop import StopSignals
 from rdma_kv_cache.batch.tally import Tally
 
@@ -31,13 +33,16 @@ if TYPE_CHECKING:
     from rdma_kv_cache.batch.lines import InputInfo, Request
 
 TICK_S = 0.5
+# Of the state file: those who watch it look every two seconds.
+STATE_TICKS = 4
 
 
 @dataclass(frozen=True)
 class BatchOptions:
     """What to run. `url` is the server's with or without /v1; times are in seconds.
 
-    `why_gone` returns a text once it is known that the server will not come back.
+    `why_gone` returns a text once it is known that the server will not come back. `state_file`
+    is kept up to date with how far the run is.
     """
 
     prompts: Path
@@ -51,6 +56,7 @@ class BatchOptions:
     drain_timeout_s: float = 10.0
     restart: bool = False
     why_gone: Callable[[], str] = str
+    state_file: Path | None = None
 
     @property
     def base_url(self) -> str:
@@ -157,7 +163,7 @@ class _Run:
         if progress.done_before:
             self._say(f"Continuing: {progress.done_before} of {total} lines are done.")
         with Display(self._console, total) as display, self.stops as stops:
-            ticker = asyncio.create_task(self._tick(display))
+            ticker = asyncio.create_task(self._tick(display, total))
             try:
                 await stops.guard(
                     asyncio.create_task(self._work_all()), self._options.drain_timeout_s
@@ -169,6 +175,7 @@ class _Run:
                 await asyncio.gather(ticker, return_exceptions=True)
                 self.tally.wall_s = self.tally.elapsed_s()
                 display.update(progress.done, self.tally, last=True)
+                self._write_state(total)
                 progress.sync()
         if progress.done < total and not self.stopped:
             self.stopped = f"stopped by {signal.Signals(stops.number).name}"
@@ -225,11 +232,29 @@ class _Run:
             retryable=outcome.retryable,
         )
 
-    async def _tick(self, display: Display) -> None:
-        while True:
+    async def _tick(self, display: Display, total: int) -> None:
+        for tick in itertools.count():
             display.update(self._progress.done, self.tally)
+            if tick % STATE_TICKS == 0:
+                await asyncio.to_thread(self._write_state, total)
             await asyncio.to_thread(self._progress.sync)
             await asyncio.sleep(TICK_S)
+
+    def _write_state(self, total: int) -> None:
+        progress, path = self._progress, self._options.state_file
+        if path is None:
+            return
+        failed = len(progress.failed)
+        write_state(
+            path,
+            BatchState(
+                total=total,
+                answered=progress.done - failed,
+                failed=failed,
+                done_before=progress.done_before,
+                seconds=round(self.tally.elapsed_s(), 3),
+            ),
+        )
 
     def _say_stopping(self, name: str) -> None:
         self._say(

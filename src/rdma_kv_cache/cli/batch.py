@@ -151,6 +151,7 @@ def _run_with_engines(
             url=cluster.url,
             api_key=cluster.api_key,
             why_gone=lambda: why_gone(cluster.run_dir),
+            state_file=cluster.run_dir.batch_file,
         )
         result = _run(started, info)
         # The run had the signal handlers to itself; the engines still have to be stopped.

@@ -75,7 +75,7 @@ def _print(views: Sequence[JobView]) -> None:
             nodes,
             view.elapsed,
             view.time_left,
-            view.detail or view.url,
+            view.detail or (lookup.describe(view.batch) if view.batch else view.url),
         )
     console = Console(markup=False, highlight=False)
     if not console.is_terminal:

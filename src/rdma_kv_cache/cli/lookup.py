@@ -13,6 +13,7 @@ from rdma_kv_cache.cli import common
 
 if TYPE_CHECKING:
     from rdma_kv_cache.watch.folders import JobFolder
+    from rdma_kv_cache.watch.views import BatchView
     from rdma_kv_cache.watch.watcher import Watcher
 
 runs_option = click.option(
@@ -58,3 +59,13 @@ def find_job(watcher: Watcher, text: str | None) -> JobFolder:
     raise common.InputError(
         f"say which JOB: {names}" if active else f"no job that has not ended in {watcher.runs}"
     )
+
+
+def describe(batch: BatchView) -> str:
+    """Say how far a batch is."""
+    from rdma_kv_cache.batch.display import clock
+
+    text = f"{batch.answered:,} answered, {batch.failed:,} failed, of {batch.total:,}"
+    if batch.per_minute is not None:
+        text += f"; {batch.per_minute:,.0f} a minute"
+    return text if batch.remaining_s is None else f"{text}, {clock(batch.remaining_s)} left"

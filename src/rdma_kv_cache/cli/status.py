@@ -43,6 +43,9 @@ def status(
 ) -> None:
     """Show a job: state, URL, tunnel, key file, engines by node, requests and tokens/s.
 
+    Of a batch also how many prompts are answered, by earlier jobs of its chain too, and how long the
+    rest takes at this job's rate.
+
     JOB is a job id, a job's name or its run folder; it may be left out if only one job has not
     ended. With --watch --json each line is one JSON object; into a pipe --watch alone prints a
     line for each change.
@@ -186,6 +189,7 @@ def _rows(view: JobView) -> Iterator[tuple[str, str]]:
     yield "Run folder", view.run_dir
     yield "Job file", view.job_file
     yield "Answers", view.output
+    yield "Prompts", "" if view.batch is None else lookup.describe(view.batch)
     counts = [f"{count} {name}" for name, count in view.requests.items() if count is not None]
     yield "Requests", ", ".join(counts)
     yield "Tokens/s", "" if view.tokens_per_s is None else f"{view.tokens_per_s:.1f}"

@@ -49,6 +49,8 @@ class RunDir:
         self.api_key_file = self.path / "api.key"
         self.events_file = self.path / "events.jsonl"
         self.handover_file = self.path / "handover.url"
+        self.batch_file = self.path / "batch.json"
+        """How far the run's batch is."""
         self.logs = self.path / "logs"
         self.launcher_log = self.logs / "mpiexec.log"
         """What the ranks and their launcher say."""
@@ -56,13 +58,14 @@ class RunDir:
     def create(self) -> None:
         """Make the folder (0700 if it is new: it holds the API key) and its `logs`.
 
-        What an earlier run left as state and key is removed: it would be taken for this run's.
+        What an earlier run left of that kind is removed: it would be taken for this run's.
         """
         self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.logs.mkdir(exist_ok=True)
         self.state_file.unlink(missing_ok=True)
         self.api_key_file.unlink(missing_ok=True)
         self.handover_file.unlink(missing_ok=True)
+        self.batch_file.unlink(missing_ok=True)
 
     def engine_log(self, engine: str) -> Path:
         """Return where the vLLM of `engine` writes."""

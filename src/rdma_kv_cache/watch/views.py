@@ -41,6 +41,18 @@ class ComponentView(msgspec.Struct, frozen=True):
     reason: str
 
 
+class BatchView(msgspec.Struct, frozen=True):
+    """How far a batch is; earlier attempts, and jobs that it continues, are counted."""
+
+    total: int
+    answered: int
+    failed: int
+    per_minute: float | None = None
+    """Of the job's own run; None before that has a result."""
+    remaining_s: float | None = None
+    """At that rate; None also when the job is over."""
+
+
 class JobView(msgspec.Struct, frozen=True, kw_only=True):
     """A job as `list` and `status` show it, and the object that --json prints."""
 
@@ -75,6 +87,7 @@ class JobView(msgspec.Struct, frozen=True, kw_only=True):
     requests: dict[str, int | None] = {}
     """inflight, running and waiting."""
     tokens_per_s: float | None = None
+    batch: BatchView | None = None
     notes: list[str] = []
     """What the user should know beside: a lost component, what could not be asked."""
 

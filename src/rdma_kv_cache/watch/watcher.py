@@ -25,6 +25,7 @@ from rdma_kv_cache.config.replace_file import replace_file
 from rdma_kv_cache.slurm import queue, records
 from rdma_kv_cache.slurm.programs import SlurmError, run
 from rdma_kv_cache.slurm.queue import QueuedJob
+from rdma_kv_cache.watch.batches import batch_view
 from rdma_kv_cache.watch.folders import JobFolder, NoSuchJob, choose, find_folders, read_state
 from rdma_kv_cache.watch.probe import Answer, Load, Target, ask_all, tokens_per_s
 from rdma_kv_cache.watch.state import (
@@ -257,6 +258,7 @@ class Watcher:
             if load is None
             else {"inflight": load.inflight, "running": load.running, "waiting": load.waiting},
             tokens_per_s=tokens_per_s(self._loads.get(str(folder.path)), load),
+            batch=batch_view(folder, has_ended=state in ("FAILED", "DONE")),
             notes=self._notes(facts, state, told.host if told is not None else ""),
         )
         return view if queued is None else _with_slurm(view, queued)
