@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,7 +57,13 @@ def submit(lab: Lab, place: Path, *options: str) -> records.Record:
         *RDMA_KV, "submit", "batch", "in.jsonl", "-o", "out.jsonl", "--config", "job.yaml",
         "--runs", "runs", "--json", "--no-model-check",
         "--concurrency", str(CONCURRENCY), *options,
-        cwd=place, env={"HOME": str(place), "PYTHONPATH": python_path(STANDIN)},
+        cwd=place,
+        env={
+            "HOME": str(place),
+            "PYTHONPATH": python_path(STANDIN),
+            "STANDIN_ASKED": str(place / "asked.jsonl"),
+            "STANDIN_ANSWER_S": "0.02",  # so that an event finds requests in flight
+        },
     )  # fmt: skip
     record = records.read(Path(json.loads(said)["folder"]))
     assert record is not None
@@ -78,6 +85,11 @@ def warn_of_the_time_limit(lab: Lab, job: int) -> None:
     lab.check("scancel", "--batch", "--signal=USR1", str(job))
 
 
+def kill(lab: Lab, job: int) -> None:
+    """All processes at once: nothing that is in flight is answered."""
+    lab.check("scancel", "--signal=KILL", str(job))
+
+
 def lose_the_decode_node(lab: Lab, job: int) -> None:
     node = next(n for n in lab.nodes if n.startswith("d") and is_allocated(lab, n))
     lab.check("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
@@ -95,7 +107,7 @@ def preempt(lab: Lab, _job: int) -> None:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("event", [warn_of_the_time_limit, lose_the_decode_node])
+@pytest.mark.parametrize("event", [warn_of_the_time_limit, kill, lose_the_decode_node])
 def test_successor_does_the_rest(lab: Lab, place: Path, event: Callable[[Lab, int], None]) -> None:
     expect_successor(lab, place, event)
 
@@ -128,6 +140,7 @@ def expect_successor(lab: Lab, place: Path, event: Callable[[Lab, int], None]) -
     seen = batch_of(lab, second)
     assert (seen["answered"], seen["failed"]) == (PROMPTS, 0)
     assert seen["per_minute"] > 0
+    expect_little_asked_twice(place, interruptions=1)
 
 
 def batch_of(lab: Lab, job: records.Record) -> dict[str, Any]:
@@ -148,6 +161,17 @@ def expect_completed(lab: Lab, place: Path, job: records.Record) -> None:
     assert all(answer["error"] is None for answer in answers)
 
 
+def expect_little_asked_twice(place: Path, interruptions: int) -> None:
+    """An interruption costs no more than what was in flight, by what the decode engines saw."""
+    prompts = [json.loads(line) for line in (place / "asked.jsonl").read_text().splitlines()]
+    # Probes are texts.
+    asked = Counter(prompt[1] for prompt in prompts if isinstance(prompt, list))
+    again = asked.total() - len(asked)
+    print(f"{interruptions} interrupted: {again} of {PROMPTS} prompts asked again")
+    assert len(asked) == PROMPTS
+    assert again <= CONCURRENCY * interruptions
+
+
 def test_another_job_continues_with_other_nodes(lab: Lab, place: Path) -> None:
     first = submit(lab, place)
     assert poll(lambda: lines_done(place) > 100, LIMIT_S)
@@ -158,6 +182,7 @@ def test_another_job_continues_with_other_nodes(lab: Lab, place: Path) -> None:
     assert poll(lambda: lines_done(place) > done, LIMIT_S)
     assert len(lab.states(second.job_id)) == 2
     expect_completed(lab, place, second)
+    expect_little_asked_twice(place, interruptions=1)
 
 
 def test_successor_is_dropped_when_all_is_done(lab: Lab, place: Path) -> None:

@@ -4,7 +4,8 @@
 It takes vLLM's command line, serves the HTTP paths that the orchestrator asks for, and speaks a
 worker's side of the bootstrap socket; a pair counts as connected when both bundles arrived.
 Like vLLM it runs its "engine core" as a process of its own, which outlives a killed server.
-STANDIN in the environment chooses a fault.
+STANDIN in the environment chooses a fault, STANDIN_ASKED a file to which decode engines add each
+request's prompt, a line of JSON, and STANDIN_ANSWER_S how long they take to answer then.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from rdma_kv_cache.protocol.bootstrap import (
     WorkerId,
 )
 from rdma_kv_cache.protocol.codec import FrameReader, decode, encode, frame
+
+ASKED = web.AppKey("asked", str)
 
 
 def option(name: str) -> str:
@@ -73,9 +76,18 @@ async def models(_request: web.Request) -> web.Response:
     return web.json_response({"object": "list", "data": [{"id": "m", "object": "model"}]})
 
 
+def note(file: str, prompt: Any) -> None:
+    """Add a line, by one write: other engines add to it too."""
+    with Path(file).open("a") as output:
+        output.write(json.dumps(prompt) + "\n")
+
+
 async def completions(request: web.Request) -> web.Response:
     if request.headers.get("Authorization") != f"Bearer {os.environ['VLLM_API_KEY']}":
         return web.Response(status=401)
+    if asked := request.app[ASKED]:
+        note(asked, (await request.json())["prompt"])
+        await asyncio.sleep(float(os.environ.get("STANDIN_ANSWER_S", "0")))
     return web.json_response(
         {
             "id": "c",
@@ -88,7 +100,9 @@ async def completions(request: web.Request) -> web.Response:
 
 
 async def serve(fault: str) -> None:
+    worker = Worker(json.loads(option("--kv-transfer-config")), fault)
     app = web.Application()
+    app[ASKED] = os.environ.get("STANDIN_ASKED", "") if worker.role == "decode" else ""
     app.add_routes(
         [
             web.get("/health", health),
@@ -100,7 +114,7 @@ async def serve(fault: str) -> None:
     runner = web.AppRunner(app)
     await runner.setup()
     await web.TCPSite(runner, option("--host"), int(option("--port"))).start()
-    await Worker(json.loads(option("--kv-transfer-config")), fault).run()
+    await worker.run()
 
 
 def main() -> None:
