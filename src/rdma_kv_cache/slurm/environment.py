@@ -38,8 +38,6 @@ class Allocation:
     job_name: str = ""
     restart_count: int = 0
     """How often Slurm has requeued the job."""
-    end_time: float | None = None
-    """When the time limit is reached, as Unix time; None if Slurm does not say (22.05 does not)."""
 
 
 def allocation(env: Mapping[str, str]) -> Allocation | None:
@@ -54,13 +52,11 @@ def allocation(env: Mapping[str, str]) -> Allocation | None:
         lists = [f"SLURM_JOB_NODELIST_HET_GROUP_{index}" for index in range(het_size)]
     else:
         lists = ["SLURM_JOB_NODELIST"]
-    end_time = _number(env, "SLURM_JOB_END_TIME", 0)
     return Allocation(
         job_id=_number(env, "SLURM_JOB_ID", 0),
         components=tuple(Component(_nodes(env, name)) for name in lists),
         job_name=env.get("SLURM_JOB_NAME", ""),
         restart_count=_number(env, "SLURM_RESTART_COUNT", 0),
-        end_time=float(end_time) if end_time else None,
     )
 
 
