@@ -170,6 +170,28 @@ def send(request: Request) -> Record:
         raise common.InputError(str(error)) from error
 
 
+def submit_and_follow(make: Callable[..., Request], *arguments: str) -> int:
+    """Submit through submitit what `make` returns for `arguments`, and say its states to its end.
+
+    Returns the exit code; what is wrong is said, not raised.
+    """
+    from rdma_kv_cache.slurm.programs import SlurmError
+
+    try:
+        request = make(*arguments)
+        from rdma_kv_cache.slurm.submitit_executor import follow, job_of
+
+        record = send(request)
+        click.echo(f"job {record.job_id}: run folder {record.run_dir}")
+        return follow(job_of(record), click.echo)
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except SlurmError as error:
+        common.say(f"Error: {error}")
+        return 1
+
+
 def batch_arguments(prompts: Path, out: Path, further: Sequence[str]) -> list[str]:
     """Return the arguments of `rdma-kv batch`, the prompts checked."""
     from rdma_kv_cache.batch import BatchError, scan
