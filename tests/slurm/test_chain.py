@@ -4,40 +4,27 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import sys
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import aiohttp
 import pytest
-import yaml
 
 from rdma_kv_cache.slurm import records
 from rdma_kv_cache.slurm.service import Current, Service
-from tests.cluster.conftest import STANDIN, python_path
 from tests.slurm import standin
 from tests.slurm.machine import poll
+from tests.slurm.standin import START_S
 
 if TYPE_CHECKING:
     from tests.slurm import Lab
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(300)]
 
-RDMA_KV = (sys.executable, "-m", "rdma_kv_cache.cli")
-START_S = 60.0
 AFTER_S = 8.0
 CLIENTS = 4
-
-
-def job_file(minutes: int, signal_s: int) -> dict[str, Any]:
-    """Two of these fit the lab."""
-    return {
-        "model": {"name": "org/model", "max_model_len": 128},
-        "prefill": {"engines": 1, "constraint": "prefill"},
-        "decode": {"engines": 1, "constraint": "decode"},
-        "slurm": {"time": minutes, "signal_s": signal_s},
-    }
+# Two such jobs fit the lab.
+ONE_ENGINE = {"engines": 1, "constraint": "decode"}
 
 
 class Load:
@@ -93,16 +80,12 @@ class Load:
 def test_successor_takes_over_without_a_failed_request(
     lab: Lab, minutes: int, signal_s: int, by_hand: bool
 ) -> None:
-    place = lab.shared / f"chain-{minutes}"
-    place.mkdir()
-    (place / "job.yaml").write_text(yaml.safe_dump(job_file(minutes, signal_s)))
-    env = {"HOME": str(place), "PYTHONPATH": python_path(STANDIN)}
-    said = lab.check(
-        *RDMA_KV, "submit", "serve", "--config", "job.yaml", "--runs", "runs", "--json", "--no-model-check",
-        "--chain", "1", cwd=place, env=env,
+    job = standin.submit(
+        lab, lab.shared / f"chain-{minutes}", "--chain", "1",
+        decode=ONE_ENGINE, slurm={"time": minutes, "signal_s": signal_s},
     )  # fmt: skip
-    first = json.loads(said)["job_id"]
-    service = Service(place / "runs" / "job.service")
+    first = job.job_id
+    service = Service(job.folder.parent / "job.service")
     assert poll(lambda: service.current() is not None, START_S), lab.log()
     assert current_of(service).job_id == first
 
@@ -119,7 +102,7 @@ def test_successor_takes_over_without_a_failed_request(
     lab.wait_for(first, "COMPLETED")
     # The second one is the last of its chain.
     lab.check("scancel", "--batch", "--signal=USR1", str(second.job_id))
-    output = place / "runs" / f"job-{second.job_id}.out"
+    output = job.folder.with_name(f"job-{second.job_id}.out")
     assert poll(lambda: "the chain has its 1" in output.read_text(), 20)
     lab.check("scancel", str(second.job_id))
     lab.wait_for(second.job_id, "CANCELLED", "COMPLETED")
@@ -137,8 +120,7 @@ def test_stop_ends_the_whole_chain(lab: Lab) -> None:
 
 
 def test_successor_serves_after_a_lost_node(lab: Lab) -> None:
-    decode = {"engines": 1, "constraint": "decode"}
-    job = standin.submit(lab, lab.shared / "chain-lost", "--chain", "1", decode=decode)
+    job = standin.submit(lab, lab.shared / "chain-lost", "--chain", "1", decode=ONE_ENGINE)
     service = Service(job.folder.parent / "job.service")
     assert poll(lambda: service.current() is not None, START_S), job.logs()
     node = next(n for n in ("d0", "d1") if lab.address(n) in str(job.state().engines))
