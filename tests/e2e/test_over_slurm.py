@@ -120,7 +120,7 @@ def submit(lab: Lab, place: Path, *arguments: str) -> dict[str, Any]:
 def output(record: dict[str, Any]) -> str:
     """What the job wrote, for a failing test."""
     folder = Path(record["folder"])
-    texts = [folder.with_name(folder.name + ".out"), folder / "latest" / "logs" / "mpiexec.log"]
+    texts = [folder.with_name(folder.name + ".out"), folder / "latest" / "logs" / "launcher.log"]
     return "\n".join(path.read_text()[-4000:] for path in texts if path.exists())
 
 

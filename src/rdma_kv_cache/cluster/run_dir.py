@@ -52,7 +52,7 @@ class RunDir:
         self.batch_file = self.path / "batch.json"
         """How far the run's batch is."""
         self.logs = self.path / "logs"
-        self.launcher_log = self.logs / "mpiexec.log"
+        self.launcher_log = self.logs / "launcher.log"
         """What the ranks and their launcher say."""
 
     def create(self) -> None:
