@@ -10,7 +10,6 @@ from tests.slurm.machine import LabError
 
 if TYPE_CHECKING:
     from pathlib import Path
-    from types import TracebackType
 
 # Process 1 of a PID namespace that holds those of all machines, so that the kernel kills them all
 # when it ends. It ends with its input, which this process alone holds open.
@@ -43,12 +42,7 @@ class Keeper:
         """Of process 1 of the namespace, as this process sees it."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._close()
 
     def _close(self) -> None:

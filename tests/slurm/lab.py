@@ -22,7 +22,6 @@ from tests.slurm.machine import LabError, Machine, poll
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
-    from types import TracebackType
 
 # Names that sort against the order of the components: Slurm's node map of a step over several
 # components is wrong then, which friendlier names would hide.
@@ -85,12 +84,7 @@ class Lab:
             self._undo = undo.pop_all()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._undo.close()
 
     @property

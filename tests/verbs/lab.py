@@ -14,7 +14,6 @@ from tests.verbs.requests import POLL_S, answer_path, collect, publish, request_
 
 if TYPE_CHECKING:
     import signal
-    from types import TracebackType
 
     from typing_extensions import Self
 
@@ -89,13 +88,8 @@ class Lab:
         self.folder = self.guests.folder.path
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.guests.__exit__(kind, error, traceback)
+    def __exit__(self, *_: object) -> None:
+        self.guests.__exit__()
 
     def begin(self, guest: int, action: str, *args: Any) -> Pending:
         """Asks a guest's agent for something."""
