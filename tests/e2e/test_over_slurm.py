@@ -31,6 +31,7 @@ PROMPTS = 48
 pytestmark = [pytest.mark.e2e, pytest.mark.slurm, pytest.mark.timeout(START_S + BATCH_S + 300)]
 
 RDMA_KV = Path(sys.executable).with_name("rdma-kv")
+BATCH_SBATCH = Path(__file__).parents[2] / "sbatch" / "batch.sbatch"
 STREAM = """
 import sys, openai
 client = openai.OpenAI(base_url=sys.argv[1] + "/v1", api_key=open(sys.argv[2]).read().strip())
@@ -117,23 +118,32 @@ def submit(lab: Lab, place: Path, *arguments: str) -> dict[str, Any]:
     return record
 
 
-def output(record: dict[str, Any]) -> str:
-    """What the job wrote, for a failing test."""
-    folder = Path(record["folder"])
+def submit_by_sbatch(lab: Lab, place: Path, *arguments: str) -> tuple[int, Path]:
+    """sbatch/batch.sbatch with this lab's constraints; the job's number and folder."""
+    job = lab.submit(
+        "--constraint=prefill", "--gres=gpu:prefill:1", ":",
+        "--nodes=2", "--constraint=decode", "--gres=gpu:decode:1", BATCH_SBATCH, *arguments,
+        cwd=place, env={"HOME": str(place), "RDMA_KV": str(RDMA_KV)},
+    )  # fmt: skip
+    return job, place / "rdma-kv-runs" / f"rdma-kv-batch-{job}"
+
+
+def output(folder: Path) -> str:
+    """What the job of this folder wrote, for a failing test."""
     texts = [folder.with_name(folder.name + ".out"), folder / "latest" / "logs" / "launcher.log"]
     return "\n".join(path.read_text()[-4000:] for path in texts if path.exists())
 
 
 def test_batch_equals_one_engine(reference: Reference, lab: Lab, place: Path) -> None:
     write_prompts(place / "prompts.jsonl", reference)
-    record = submit(lab, place, "batch", "prompts.jsonl", "-o", "answers.jsonl", "--sbatch")
-    states = lab.wait_for(record["job_id"], "COMPLETED", "FAILED", timeout_s=START_S + BATCH_S)
-    print(output(record))
+    job, folder = submit_by_sbatch(lab, place, "job.yaml", "prompts.jsonl", "answers.jsonl")
+    states = lab.wait_for(job, "COMPLETED", "FAILED", timeout_s=START_S + BATCH_S)
+    print(output(folder))
     assert set(states.values()) == {"COMPLETED"}
     answers = [json.loads(line) for line in (place / "answers.jsonl").read_text().splitlines()]
     texts = [answer["response"]["body"]["choices"][0]["text"] for answer in answers]
     assert texts == [reference.texts[index] for index in shortest(reference)]
-    said = Path(record["folder"]).with_name(f"{record['name']}-{record['job_id']}.out").read_text()
+    said = folder.with_name(folder.name + ".out").read_text()
     figures = dict(re.findall(r"^(KV [\w ]*\w) {2,}(\S+)", said, re.MULTILINE))
     assert figures["KV transfers"] == str(len(texts))
     assert figures["KV transfers failed"] == "0"
@@ -151,7 +161,7 @@ def test_serving_streams_until_it_is_stopped(reference: Reference, lab: Lab, pla
 
     assert poll(lambda: status()["state"] not in ("PENDING", "STARTING"), START_S, every_s=3.0)
     view = status()
-    assert view["state"] == "READY", output(record)
+    assert view["state"] == "READY", output(Path(record["folder"]))
     prompt, text = reference.of_length(333)
     said = lab.check(
         sys.executable, "-c", STREAM, view["url"], view["api_key_file"],
