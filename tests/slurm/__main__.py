@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs a command on the controller of a throw-away Slurm of several nodes, on this one machine.
 
-Every node, the controller `ctl` included, has a hostname, an address (10.77.0.x), processes, /tmp
-and /dev/shm of its own; all other files are this machine's, and so shared. Nodes p* have the
+Every node, the controller `ctl` included, has a hostname, an address (10.77.0.x), processes, /tmp,
+/root and /dev/shm of its own; all other files are this machine's, and so shared. Nodes p* have the
 feature prefill, all others decode; each has 4 CPUs and 4 GPUs that are character devices without
 a driver. The command sees SLURM_CONF, and SLURM_LAB, the lab's folder.
 """

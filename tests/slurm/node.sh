@@ -15,18 +15,25 @@ ip link set lo up
 
 mount --bind "$folder/hosts" /etc/hosts
 mount -t tmpfs shm /dev/shm
-# A /tmp of its own. What the machines share may lie in the old one.
-mkdir -p "$own/tmp"
-mount --bind /tmp "$own/tmp"
-mount -t tmpfs -o mode=1777 tmp /tmp
-for shared in "$@"; do
-  case $shared in
-    /tmp/*)
-      mkdir -p "$shared"
-      mount --bind "$own$shared" "$shared" ;;
-  esac
-done
-umount "$own/tmp"
+
+# FOLDER MODE: an empty one of its own. What the machines share may lie in the old one.
+empty() {
+  mkdir -p "$own$1"
+  mount --bind "$1" "$own$1"
+  mount -t tmpfs -o "mode=$2" own "$1"
+  for shared in "${shares[@]}"; do
+    case $shared in
+      "$1"/*)
+        mkdir -p "$shared"
+        mount --bind "$own$shared" "$shared" ;;
+    esac
+  done
+  umount "$own$1"
+}
+shares=("$@")
+empty /tmp 1777
+# Python may lie in there, and others than root are to start it.
+empty /root 755
 
 echo "$pid" > "$own/pid.new"
 mv "$own/pid.new" "$own/pid"

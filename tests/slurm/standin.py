@@ -17,6 +17,8 @@ from tests.cluster.conftest import STANDIN, python_path
 from tests.slurm.machine import poll
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from tests.slurm import Lab
 
 RDMA_KV = (sys.executable, "-m", "rdma_kv_cache.cli")
@@ -59,8 +61,11 @@ class Job:
         return self.lab.check(*RDMA_KV, "stop", str(self.job_id), *runs, timeout_s=STOP_S)
 
 
-def submit(lab: Lab, place: Path, *arguments: str, **job: Any) -> Job:
-    """`rdma-kv submit serve` of a job with one prefill and two decode engines, on a node each."""
+def submit(lab: Lab, place: Path, *arguments: str, before: Sequence[str] = (), **job: Any) -> Job:
+    """`rdma-kv submit serve` of a job with one prefill and two decode engines, on a node each.
+
+    `before`: what stands before that command.
+    """
     place.mkdir(exist_ok=True)
     base: dict[str, Any] = {
         "model": {"name": "org/model", "max_model_len": 128},
@@ -74,6 +79,6 @@ def submit(lab: Lab, place: Path, *arguments: str, **job: Any) -> Job:
     own += ["--no-model-check"]  # the stand-ins load none
     env = {"HOME": str(place), "PYTHONPATH": python_path(STANDIN)}
     began = time.time()
-    said = lab.check(*RDMA_KV, "submit", "serve", *own, *arguments, cwd=place, env=env)
+    said = lab.check(*before, *RDMA_KV, "submit", "serve", *own, *arguments, cwd=place, env=env)
     record = json.loads(said)
     return Job(lab, record["job_id"], Path(record["folder"]), began)
