@@ -5,7 +5,6 @@
 #include <deque>
 #include <map>
 #include <random>
-#include <thread>
 
 #include "backends/backends.h"
 #include "engine_pair.h"
@@ -68,12 +67,16 @@ class InstantBackend final : public Backend {
   void add_stats(Stats& /*stats*/) const override {}
 };
 
-/// A paced backend, turned by the test's thread.
+/// What time it is for the backends of these tests.
+Clock::time_point time_now;
+
+/// A paced backend, turned by the test's thread at times of its own.
 struct Paced {
-  explicit Paced(const std::string& link) {
+  explicit Paced(const std::string& link, PacedBackend::Now now = [] { return time_now; }) {
     auto owned = std::make_unique<InstantBackend>();
     inner = owned.get();
-    backend = std::make_unique<PacedBackend>(std::move(owned), parse_link(link));
+    time_now = Clock::now();
+    backend = std::make_unique<PacedBackend>(std::move(owned), parse_link(link), now);
     backend->attach(loop);
   }
   std::size_t write(TransferId transfer, std::size_t n, std::uint64_t nbytes, PeerId peer = kPeer,
@@ -92,15 +95,10 @@ struct Paced {
       order.push_back(one.transfer);
     }
   }
-  void turn_for(milliseconds time) {
-    for (const auto end = Clock::now() + time; Clock::now() < end;) turn();
-  }
-  /// Since `start`, when `n` slices of the peer had landed.
-  double seconds_until(std::size_t n, Clock::time_point start, PeerId peer = kPeer) {
-    const auto deadline = start + engine_patience();
-    while (landed[peer] < n && Clock::now() < deadline) turn();
-    EXPECT_EQ(landed[peer], n);
-    return std::chrono::duration<double>(Clock::now() - start).count();
+  /// `microseconds` later.
+  void turn_after(std::int64_t microseconds) {
+    time_now += std::chrono::microseconds(microseconds);
+    turn();
   }
 
   EventLoop loop;
@@ -147,80 +145,94 @@ TEST(Link, RefusesWhatIsNoLink) {
   EXPECT_NE(error("x").find("'12.5GB/s+5us'"), std::string::npos);
 }
 
-/// Never faster than the link, and not much slower: a loaded machine may take its time.
-void expect_time(double seconds, double at_least) {
-  EXPECT_GE(seconds, at_least);
-  const double grace = std::chrono::duration<double>(engine_patience()).count() / 200;
-  EXPECT_LT(seconds, at_least * 1.2 + grace);
-}
-
 TEST(Paced, BytesTakeAsLongAsTheLinkDoes) {
   Paced paced("200MB/s");
-  const auto start = Clock::now();
-  EXPECT_EQ(paced.write(1, 20, kMB), 20U);
-  expect_time(paced.seconds_until(10, start), 0.05);
-  expect_time(paced.seconds_until(20, start), 0.1);
+  EXPECT_EQ(paced.write(1, 20, kMB), 20U);  // 5 ms each
+  paced.turn_after(4999);
+  EXPECT_EQ(paced.landed[kPeer], 0U);
+  paced.turn_after(1);
+  EXPECT_EQ(paced.landed[kPeer], 1U);
+  paced.turn_after(94'999);
+  EXPECT_EQ(paced.landed[kPeer], 19U);
+  paced.turn_after(1);
+  EXPECT_EQ(paced.landed[kPeer], 20U);
 }
 
 TEST(Paced, SmallSlicesKeepTheRateToo) {
   // 20.48 ns each: whole nanoseconds would make it 2 % faster.
   Paced paced("25GB/s");
-  const auto start = Clock::now();
   paced.write(1, 1'000'000, 512);
-  EXPECT_GE(paced.seconds_until(1'000'000, start), 0.02048);
+  paced.turn_after(20'479);
+  EXPECT_LT(paced.landed[kPeer], 1'000'000U);
+  EXPECT_GT(paced.landed[kPeer], 999'800U);
+  paced.turn_after(1);
+  EXPECT_EQ(paced.landed[kPeer], 1'000'000U);
 }
 
 /// A window of writes that is refilled as they land: no gaps add up.
 TEST(Paced, AStreamKeepsTheLinkBusy) {
-  Paced paced("1GB/s+100us");
   constexpr std::size_t kSlices = 4000;
   constexpr std::uint64_t kSlice = 50'000;
   constexpr std::size_t kWindow = 64;
-  const auto start = Clock::now();
-  std::size_t posted = 0;
-  while (posted < kSlices) {
+  Paced paced("1GB/s+100us");
+  const auto start = time_now;
+  for (std::size_t posted = 0; paced.landed[kPeer] < kSlices; paced.turn_after(3)) {
     const std::size_t room = kWindow - (posted - paced.landed[kPeer]);
     posted += paced.write(1, std::min(room, kSlices - posted), kSlice);
-    paced.turn();
   }
-  expect_time(paced.seconds_until(kSlices, start), 0.2001);
+  const auto took = std::chrono::duration_cast<microseconds>(time_now - start);
+  EXPECT_GE(took, microseconds(200'100));
+  EXPECT_LE(took, microseconds(200'110));
+}
+
+TEST(Paced, AnIdleLinkSavesNothingUp) {
+  Paced paced("100MB/s");
+  paced.turn_after(1'000'000);
+  paced.write(1, 1, kMB);
+  paced.turn_after(9'999);
+  EXPECT_EQ(paced.landed[kPeer], 0U);
+  paced.turn_after(1);
+  EXPECT_EQ(paced.landed[kPeer], 1U);
 }
 
 TEST(Paced, LatencyIsAddedOnce) {
   Paced paced("100MB/s+80ms");
-  const auto start = Clock::now();
   paced.write(1, 2, kMB);
-  expect_time(paced.seconds_until(2, start), 0.1);
+  paced.turn_after(89'999);
+  EXPECT_EQ(paced.landed[kPeer], 0U);
+  paced.turn_after(1);
+  EXPECT_EQ(paced.landed[kPeer], 1U);
+  paced.turn_after(10'000);
+  EXPECT_EQ(paced.landed[kPeer], 2U);
 }
 
 TEST(Paced, PeersHaveLinksOfTheirOwn) {
   Paced paced("100MB/s");
-  const auto start = Clock::now();
   paced.write(1, 10, kMB);
   paced.write(2, 1, kMB, kOther);
-  expect_time(paced.seconds_until(1, start, kOther), 0.01);
-  EXPECT_LT(paced.landed[kPeer], 10U);
-  expect_time(paced.seconds_until(10, start), 0.1);
+  paced.turn_after(10'000);
+  EXPECT_EQ(paced.landed[kPeer], 1U);
+  EXPECT_EQ(paced.landed[kOther], 1U);
 }
 
 TEST(Paced, SignalsComeAfterTheWritesBeforeThem) {
+  using Signals = std::vector<std::uint32_t>;
   Paced paced("100MB/s+20ms");
-  const auto start = Clock::now();
-  paced.write(1, 2, kMB, kPeer, 7);  // the caller posts a signal that was not taken along
+  paced.write(1, 2, kMB, kPeer, 7);  // its signal is not taken along, so it is posted by itself
   EXPECT_TRUE(paced.backend->post_signal(kPeer, 7));
   paced.write(2, 2, kMB);
   EXPECT_TRUE(paced.backend->post_signal(kPeer, 8));
   EXPECT_TRUE(paced.backend->post_signal(kPeer, 9));
-  paced.turn();
-  EXPECT_TRUE(paced.inner->signals.empty());
-  while (paced.inner->signals.empty()) paced.turn();
-  EXPECT_GE(Clock::now() - start, milliseconds(40));
-  EXPECT_GE(paced.landed[kPeer], 2U);
-  while (paced.inner->signals.size() < 3) paced.turn();
-  EXPECT_GE(Clock::now() - start, milliseconds(60));
-  EXPECT_EQ(paced.landed[kPeer], 4U);
-  EXPECT_EQ(paced.inner->signals, (std::vector<std::uint32_t>{7, 8, 9}));
-  EXPECT_TRUE(std::is_sorted(paced.order.begin(), paced.order.end()));
+  paced.turn_after(39'999);
+  EXPECT_EQ(paced.inner->signals, Signals{});
+  paced.turn_after(1);
+  EXPECT_EQ(paced.inner->signals, Signals{7});
+  EXPECT_EQ(paced.landed[kPeer], 2U);
+  paced.turn_after(19'999);
+  EXPECT_EQ(paced.inner->signals, Signals{7});
+  paced.turn_after(1);
+  EXPECT_EQ(paced.inner->signals, (Signals{7, 8, 9}));
+  EXPECT_EQ(paced.order, (std::vector<TransferId>{1, 1, 2, 2}));
 }
 
 /// What the inner backend takes longer for than the link holds up what is behind it.
@@ -229,7 +241,7 @@ TEST(Paced, NothingIsReportedBeforeItIsThere) {
   paced.inner->lands = false;
   paced.write(1, 3, 1000);
   EXPECT_TRUE(paced.backend->post_signal(kPeer, 7));
-  paced.turn_for(milliseconds(5));
+  paced.turn_after(5000);
   EXPECT_EQ(paced.landed[kPeer], 0U);
   EXPECT_TRUE(paced.inner->signals.empty());
   EXPECT_TRUE(paced.backend->arm());  // The inner backend will wake the thread.
@@ -247,6 +259,7 @@ TEST(Paced, RefusedSignalsAreOfferedAgain) {
   paced.turn();
   paced.turn();
   EXPECT_EQ(paced.inner->signals_refused, 2U);
+  EXPECT_TRUE(paced.backend->arm());
   paced.inner->takes_signals = true;
   paced.turn();
   EXPECT_EQ(paced.inner->signals, (std::vector<std::uint32_t>{7, 8}));
@@ -255,14 +268,15 @@ TEST(Paced, RefusedSignalsAreOfferedAgain) {
 TEST(Paced, APartialPostIsPacedAsFarAsItWent) {
   Paced paced("100MB/s");
   paced.inner->room = 2;
-  const auto start = Clock::now();
   EXPECT_EQ(paced.write(1, 5, kMB), 2U);
-  expect_time(paced.seconds_until(2, start), 0.02);
   paced.inner->room = 0;
   EXPECT_EQ(paced.write(1, 3, kMB), 0U);
-  paced.turn();
-  EXPECT_TRUE(paced.backend->arm());
+  paced.inner->room = SIZE_MAX;
+  paced.turn_after(20'000);
   EXPECT_EQ(paced.landed[kPeer], 2U);
+  EXPECT_EQ(paced.write(1, 3, kMB), 3U);
+  paced.turn_after(30'000);
+  EXPECT_EQ(paced.landed[kPeer], 5U);
 }
 
 TEST(Paced, ClosedPeersLeaveNothing) {
@@ -272,7 +286,7 @@ TEST(Paced, ClosedPeersLeaveNothing) {
   paced.write(2, 1, kMB, kOther);
   paced.turn();
   paced.backend->close_peer(kPeer);
-  paced.turn_for(milliseconds(30));
+  paced.turn_after(1'000'000);
   EXPECT_EQ(paced.landed[kPeer], 0U);
   EXPECT_EQ(paced.landed[kOther], 1U);
   EXPECT_TRUE(paced.inner->signals.empty());
@@ -289,35 +303,47 @@ TEST(Paced, OtherCompletionsPassAtOnce) {
   EXPECT_EQ(paced.others, 3);
 }
 
-/// Sleeps for long waits and is woken in time; polls for short ones.
-TEST(Paced, SleepsThroughLongWaits) {
+TEST(Paced, PollsForShortWaitsOnly) {
   Paced paced("100MB/s");
+  EXPECT_TRUE(paced.backend->arm());
+  paced.write(1, 1, kMB);  // 10 ms
+  EXPECT_TRUE(paced.backend->arm());
+  paced.turn_after(8900);
+  EXPECT_TRUE(paced.backend->arm());
+  paced.turn_after(200);
+  EXPECT_FALSE(paced.backend->arm());
+  // Due between two turns: the next one must come at once.
+  time_now += milliseconds(5);
+  EXPECT_FALSE(paced.backend->arm());
+  paced.turn();
+  EXPECT_EQ(paced.landed[kPeer], 1U);
+  EXPECT_TRUE(paced.backend->arm());
+}
+
+/// The timer wakes the thread shortly before what is due.
+TEST(Paced, SleepsThroughLongWaits) {
+  Paced paced("100MB/s", &Clock::now);
   Turn mutex;
   std::unique_lock turn(mutex);
-  paced.write(1, 1, 3 * kMB);  // 30 ms
   const auto start = Clock::now();
-  paced.turn();
+  paced.write(1, 1, 3 * kMB);  // 30 ms
   ASSERT_TRUE(paced.backend->arm());
   EXPECT_TRUE(paced.loop.run_once(std::chrono::seconds(20), turn).handlers);
-  const auto woken = Clock::now() - start;
-  EXPECT_GE(woken, milliseconds(25));
-  EXPECT_LT(woken, std::chrono::seconds(1));
-  if (woken < milliseconds(30)) {
-    EXPECT_FALSE(paced.backend->arm());
-  }
-  EXPECT_GE(paced.seconds_until(1, start), 0.029);
-  EXPECT_TRUE(paced.backend->arm());
+  EXPECT_GE(Clock::now() - start, milliseconds(29));
+  EXPECT_LT(Clock::now() - start, engine_patience() / 2);
 }
 
 /// A caller that posts while the thread sleeps leaves the thread a timer.
 TEST(Paced, WakesForWhatIsPostedDuringTheSleep) {
-  Paced paced("100MB/s");
+  Paced paced("100MB/s", &Clock::now);
   Turn mutex;
   std::unique_lock turn(mutex);
+  const auto start = Clock::now();
   ASSERT_TRUE(paced.backend->arm());
   paced.write(1, 1, 2 * kMB);
   paced.turn();
   EXPECT_TRUE(paced.loop.run_once(std::chrono::seconds(20), turn).handlers);
+  EXPECT_LT(Clock::now() - start, engine_patience() / 2);
 }
 
 TEST(Paced, NamesTheLink) {
@@ -356,7 +382,8 @@ TEST(PacedEngine, PacesRealSockets) {
   EXPECT_EQ(b.expect(EventKind::kImm).imm, 5U);
   const double until_imm = std::chrono::duration<double>(Clock::now() - start).count();
   EXPECT_GE(until_imm, 0.0838);
-  EXPECT_LT(until_imm, 5);  // Each of 256 pages waits for a timer, none for a tick.
+  // Each of 256 pages waits for a timer, none for the next tick.
+  EXPECT_LT(until_imm, 5);
   expect_landed(rows);
   a.expect(EventKind::kTransferDone);
 }

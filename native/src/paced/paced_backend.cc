@@ -23,9 +23,10 @@ constexpr std::chrono::microseconds kWakeEarly{500};
 
 }  // namespace
 
-PacedBackend::PacedBackend(std::unique_ptr<Backend> inner, Link link)
+PacedBackend::PacedBackend(std::unique_ptr<Backend> inner, Link link, Now now)
     : inner_(std::move(inner)),
       link_(std::move(link)),
+      now_(now),
       // steady_clock is CLOCK_MONOTONIC.
       timer_(timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK)) {
   if (!timer_) throw_errno("timerfd_create", errno, "raise `ulimit -n`");
@@ -66,7 +67,7 @@ Posted PacedBackend::post_writes(PeerId peer, TransferId transfer,
 }
 
 void PacedBackend::hold(Lane& lane, TransferId transfer, std::span<const WriteSlice> slices) {
-  const Clock::time_point start = std::max(Clock::now(), lane.free);
+  const Clock::time_point start = std::max(now_(), lane.free);
   std::uint64_t nbytes = 0;
   // From the sum: rounding each slice of 512 B to nanoseconds would change the rate.
   const auto sent = [&] {
@@ -90,7 +91,7 @@ void PacedBackend::hold(Lane& lane, TransferId transfer, std::span<const WriteSl
 
 bool PacedBackend::post_signal(PeerId peer, std::uint32_t imm) {
   Lane& lane = lanes_[peer];
-  lane.free = std::max(Clock::now(), lane.free);
+  lane.free = std::max(now_(), lane.free);
   lane.held.push_back({.due = lane.free + link_.latency, .imm = imm});
   return true;
 }
@@ -111,7 +112,7 @@ bool PacedBackend::progress(std::vector<Completion>& completions) {
   }
   reported_.clear();
   for (auto& [peer, lane] : lanes_) {
-    if (!lane.held.empty()) moved |= release(peer, lane, Clock::now(), completions);
+    if (!lane.held.empty()) moved |= release(peer, lane, now_(), completions);
   }
   // A caller's turn may have changed what is due next.
   if (asleep_) {
@@ -176,7 +177,7 @@ void PacedBackend::wake_for(Clock::time_point due) {
 bool PacedBackend::arm() {
   asleep_ = false;
   const auto due = next_due();
-  if (due && *due <= Clock::now() + kPoll) return false;
+  if (due && *due <= now_() + kPoll) return false;
   if (!inner_->arm()) return false;
   if (due) wake_for(*due);
   asleep_ = true;

@@ -24,7 +24,10 @@ namespace rkv::paced {
 /// longer than the link is reported when it is there.
 class PacedBackend final : public Backend {
  public:
-  PacedBackend(std::unique_ptr<Backend> inner, Link link);
+  using Now = Clock::time_point (*)();
+
+  /// `now` is for tests that do not wait.
+  PacedBackend(std::unique_ptr<Backend> inner, Link link, Now now = &Clock::now);
   ~PacedBackend() override;
 
   [[nodiscard]] std::string_view name() const override { return inner_->name(); }
@@ -89,6 +92,7 @@ class PacedBackend final : public Backend {
 
   const std::unique_ptr<Backend> inner_;
   const Link link_;
+  const Now now_;
   std::unordered_map<PeerId, Lane> lanes_;
   std::vector<Completion> reported_;  ///< By the inner backend.
   EventLoop* loop_ = nullptr;
