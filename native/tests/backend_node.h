@@ -31,8 +31,9 @@ class BackendNode {
 
   BackendNode(FakeFabric& fabric, const std::vector<std::string>& devices,
               const EngineConfig& config = {}, std::size_t nbytes = 1 << 20,
-              const Ibverbs& lib = FakeFabric::table())
-      : buffer(nbytes), backend(config, lib, choose_fakes(fabric, devices)) {
+              const Ibverbs& lib = FakeFabric::table(),
+              const cuda::Cuda& (*load_cuda)() = &cuda::load_cuda)
+      : buffer(nbytes), backend(config, lib, choose_fakes(fabric, devices), load_cuda) {
     backend.attach(loop);
     keys = add_memory(0);
   }

@@ -136,6 +136,31 @@ TEST(ChainBuilder, CutsAtChunkEdgesOfBothSides) {
   EXPECT_EQ(wrs[1]->sg_list[0].length, 96U);
 }
 
+TEST(ChainBuilder, InlinesOnlyWhatTheCpuCanRead) {
+  KeysByRegion local = kLocalKeys;
+  local.at(1).cpu_readable = false;
+  ChainLimits limits = kLimits;
+  limits.inline_bytes = 220;
+  const auto inlined = [&](const std::vector<WriteSlice>& slices) {
+    ChainBuilder builder;
+    builder.build(slices, local, kRemoteKeys, limits);
+    const auto wrs = chain(builder);
+    EXPECT_EQ(wrs.size(), 1U);
+    return (wrs.front()->send_flags & IBV_SEND_INLINE) != 0;
+  };
+  const WriteSlice host = slice(0, 0, 64);
+  WriteSlice gpu = slice(1 << 20, 0, 64);
+  gpu.local_region = 1;
+  const auto behind = [](WriteSlice next) {
+    next.remote_address += 64;
+    return next;
+  };
+  EXPECT_TRUE(inlined({host, behind(host)}));
+  EXPECT_FALSE(inlined({gpu}));
+  EXPECT_FALSE(inlined({gpu, behind(host)}));
+  EXPECT_FALSE(inlined({host, behind(gpu)}));
+}
+
 TEST(ChainBuilder, OnlyTheLastWrIsSignalledAndCarriesTheImm) {
   ChainBuilder builder;
   const std::vector slices{slice(0, 4096, 64), slice(64, 0, 64), slice(128, 2048, 64)};

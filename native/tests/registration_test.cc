@@ -137,12 +137,6 @@ TEST(Registration, WhatTheKernelRefuses) {
   EXPECT_EQ(host.error({0xabc000, kMiB}), "");
 }
 
-TEST(Registration, GpuMemoryIsNotForThisBackend) {
-  Rails host;
-  EXPECT_THROW(Registration(host.rails, {0, kMiB}, {.kind = MemoryKind::kCuda}, kMiB, host.pinned),
-               std::invalid_argument);
-}
-
 unsigned last_access = 0;
 
 ibv_mr* note_iova2(ibv_pd* pd, void* address, std::size_t length, std::uint64_t iova,

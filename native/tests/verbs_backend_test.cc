@@ -121,6 +121,15 @@ TEST(VerbsLife, ReachableOnceEveryQpHasAnswered) {
 }
 
 /// Nothing is polled before a peer goes: its CQEs and its slots must come back all the same.
+TEST(VerbsLife, ThePathNamesEachRailOnce) {
+  NodePair pair({.qps_per_peer = 4}, {}, {}, 2, 2);
+  const rkv::Path path = pair.a.backend.path(1);
+  EXPECT_EQ(path.backend, "verbs");
+  EXPECT_TRUE(path.writes);
+  EXPECT_EQ(path.description,
+            "verbs: rxe0:1 to ::ffff:192.0.2.3 (RoCE v2), rxe1:1 to ::ffff:192.0.2.4 (RoCE v2)");
+}
+
 TEST(VerbsLife, CyclesOnATinyCqLeaveNothingBehind) {
   CleanFabric fabric(fake_fabric(2, {.reuse_qpns = true}, kTiny));
   BackendNode a(fabric, {"rxe0"}, {.qps_per_peer = 4}, 64 << 10);

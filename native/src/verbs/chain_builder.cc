@@ -39,20 +39,21 @@ void ChainBuilder::add_slice(const WriteSlice& slice, const RegionKeys& local,
     const std::uint64_t to = slice.remote_address + done;
     const std::uint64_t piece =
         std::min({slice.nbytes - done, local.same_key_bytes(from), remote.same_key_bytes(to)});
-    add_piece(from, local.key(from), to, remote.key(to), static_cast<std::uint32_t>(piece), limits);
+    add_piece({.addr = from, .length = static_cast<std::uint32_t>(piece), .lkey = local.key(from)},
+              local.cpu_readable, to, remote.key(to), limits);
     done += piece;
   }
 }
 
-void ChainBuilder::add_piece(std::uint64_t local_address, std::uint32_t lkey,
-                             std::uint64_t remote_address, std::uint32_t rkey, std::uint32_t nbytes,
-                             const ChainLimits& limits) {
+void ChainBuilder::add_piece(const ibv_sge& piece, bool cpu_readable, std::uint64_t remote_address,
+                             std::uint32_t rkey, const ChainLimits& limits) {
   const bool gathers = wrs_ > 0 && remote_address == last_.end && rkey == last_.rkey &&
                        static_cast<std::uint32_t>(wr_[wrs_ - 1].num_sge) < limits.sges &&
-                       last_.nbytes + nbytes <= limits.wr_bytes;
+                       last_.nbytes + piece.length <= limits.wr_bytes;
   if (gathers) {
     ++wr_[wrs_ - 1].num_sge;
-    last_.nbytes += nbytes;
+    last_.nbytes += piece.length;
+    last_.cpu_readable &= cpu_readable;
   } else {
     ibv_send_wr& wr = wr_[wrs_++];
     wr.sg_list = &sge_[sges_];
@@ -60,14 +61,15 @@ void ChainBuilder::add_piece(std::uint64_t local_address, std::uint32_t lkey,
     wr.opcode = IBV_WR_RDMA_WRITE;
     wr.wr.rdma.remote_addr = remote_address;
     wr.wr.rdma.rkey = rkey;
-    last_.nbytes = nbytes;
+    last_.nbytes = piece.length;
+    last_.cpu_readable = cpu_readable;
     last_.rkey = rkey;
   }
-  wr_[wrs_ - 1].send_flags =
-      last_.nbytes <= limits.inline_bytes ? static_cast<unsigned>(IBV_SEND_INLINE) : 0U;
-  last_.end = remote_address + nbytes;
-  sge_[sges_++] = {.addr = local_address, .length = nbytes, .lkey = lkey};
-  nbytes_ += nbytes;
+  const bool fits = last_.nbytes <= limits.inline_bytes && last_.cpu_readable;
+  wr_[wrs_ - 1].send_flags = fits ? static_cast<unsigned>(IBV_SEND_INLINE) : 0U;
+  last_.end = remote_address + piece.length;
+  sge_[sges_++] = piece;
+  nbytes_ += piece.length;
 }
 
 ibv_send_wr* ChainBuilder::finish(std::uint64_t wr_id, std::optional<std::uint32_t> imm) {

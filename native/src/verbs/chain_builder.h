@@ -25,7 +25,7 @@ struct ChainLimits {
   std::uint64_t nbytes = 0;          ///< The slice that reaches it is the last one.
   std::uint64_t wr_bytes = 0;        ///< Of one WR gathered from several slices.
   std::uint32_t sges = 1;            ///< Of one WR.
-  std::uint32_t inline_bytes = 0;    ///< WRs up to this size are copied into the WQE.
+  std::uint32_t inline_bytes = 0;    ///< WRs up to this size are copied into the WQE by the CPU.
 };
 
 /// Turns slices into a chain of RDMA WRITE work requests. Pure: knows keys, not devices.
@@ -52,12 +52,13 @@ class ChainBuilder {
     std::uint64_t end = 0;  // address behind the last WR's last byte
     std::uint64_t nbytes = 0;
     std::uint32_t rkey = 0;
+    bool cpu_readable = true;  // all that the last WR gathers
   };
 
   void add_slice(const WriteSlice& slice, const RegionKeys& local, const RegionKeys& remote,
                  const ChainLimits& limits);
-  void add_piece(std::uint64_t local_address, std::uint32_t lkey, std::uint64_t remote_address,
-                 std::uint32_t rkey, std::uint32_t nbytes, const ChainLimits& limits);
+  void add_piece(const ibv_sge& piece, bool cpu_readable, std::uint64_t remote_address,
+                 std::uint32_t rkey, const ChainLimits& limits);
 
   std::array<ibv_send_wr, kMaxChainWrs> wr_;
   std::array<ibv_sge, std::size_t{kMaxChainWrs} * kMaxSge> sge_;

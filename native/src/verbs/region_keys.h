@@ -19,6 +19,7 @@ struct RegionKeys {
   std::uint64_t base = 0;  ///< Address of the region.
   std::uint64_t chunk_bytes = 0;
   std::vector<std::uint32_t> keys = {};
+  bool cpu_readable = true;  ///< Of local memory: the CPU can read it, so it can be sent inline.
 
   [[nodiscard]] std::uint32_t key(std::uint64_t address) const {
     return keys.size() == 1 ? keys.front() : keys[(address - base) / chunk_bytes];

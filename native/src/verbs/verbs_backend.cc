@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <iterator>
+#include <set>
 #include <sstream>
 #include <stdexcept>
 #include <utility>
@@ -48,8 +49,10 @@ std::vector<std::size_t> parse_cpu_list(const std::string& text) {
 
 }  // namespace
 
-VerbsBackend::VerbsBackend(const EngineConfig& config, const Ibverbs& lib, Choice choice)
+VerbsBackend::VerbsBackend(const EngineConfig& config, const Ibverbs& lib, Choice choice,
+                           const cuda::Cuda& (*load_cuda)())
     : lib_(lib),
+      load_cuda_(load_cuda),
       choice_(std::move(choice)),
       block_size_(static_cast<std::uint64_t>(config.block_size)),
       peer_timeout_(config.peer_timeout()),
@@ -90,7 +93,12 @@ void VerbsBackend::attach(EventLoop& loop) {
 
 std::unique_ptr<PinnedMemory> VerbsBackend::pin_memory(const MemoryRange& range,
                                                        const MemoryUse& use) {
-  return std::make_unique<Registration>(rails_, range, use, block_size_, pinned_);
+  std::shared_ptr<const cuda::Gpu> gpu;
+  if (use.kind == MemoryKind::kCuda) {
+    const cuda::Cuda& cuda = load_cuda_();
+    gpu = std::make_shared<const cuda::Gpu>(cuda, cuda::device_of(cuda, range.address));
+  }
+  return std::make_unique<Registration>(rails_, range, use, block_size_, pinned_, std::move(gpu));
 }
 
 Bytes VerbsBackend::register_memory(RegionId region, MemoryRange /*range*/, MemoryUse use,
@@ -103,6 +111,7 @@ Bytes VerbsBackend::register_memory(RegionId region, MemoryRange /*range*/, Memo
     registration->remote_keys(rail).encode(writer);
   }
   registrations_[region] = std::move(registration);
+  list_gpus_to_flush();
   return use.peer_writable ? writer.take() : Bytes{};
 }
 
@@ -112,7 +121,19 @@ std::unique_ptr<PinnedMemory> VerbsBackend::deregister_memory(RegionId region) {
   if (found == registrations_.end()) return nullptr;
   std::unique_ptr<PinnedMemory> registration = std::move(found->second);
   registrations_.erase(found);
+  list_gpus_to_flush();
   return registration;
+}
+
+void VerbsBackend::list_gpus_to_flush() {
+  gpus_to_flush_.clear();
+  for (const auto& [region, registration] : registrations_) {
+    auto gpu = registration->gpu_to_flush();
+    const bool is_new =
+        gpu && std::none_of(gpus_to_flush_.begin(), gpus_to_flush_.end(),
+                            [&](const auto& listed) { return listed->device() == gpu->device(); });
+    if (is_new) gpus_to_flush_.push_back(std::move(gpu));
+  }
 }
 
 Bytes VerbsBackend::create_endpoint(PeerId id) {
@@ -155,6 +176,16 @@ void VerbsBackend::connect(PeerId id, PeerLink link) {
   const std::vector<RailEndpoint> remote = decode_endpoint(link.blob);
   peer.remote_keys = decode_memory(link.memory, remote.size(), block_size_);
   connect_rails(peer, remote);
+}
+
+rkv::Path VerbsBackend::path(PeerId id) const {
+  std::set<std::string> ways;  // a rail may have several QPs
+  for (const auto& channel : peers_.at(id).channels) {
+    ways.insert(rails_[channel->rail]->name() + channel->path_text);
+  }
+  std::string text;
+  for (const std::string& way : ways) text += (text.empty() ? "verbs: " : ", ") + way;
+  return {.backend = "verbs", .description = text};
 }
 
 void VerbsBackend::connect_rails(Peer& peer, const std::vector<RailEndpoint>& remote) {
@@ -216,6 +247,7 @@ void VerbsBackend::add_stats(Stats& stats) const {
   stats["verbs_probes"] = counters_.probes;
   stats["verbs_posts_refused"] = counters_.posts_refused;
   stats["verbs_async_events"] = counters_.async_events;
+  stats["verbs_gpu_flushes"] = counters_.gpu_flushes;
   stats["verbs_qps"] = std::uint64_t{by_serial_.size()};
   stats["pinned_bytes"] = pinned_.load();
   for (std::size_t rail = 0; rail < rails_.size(); ++rail) {

@@ -35,9 +35,11 @@ namespace rkv::verbs {
 /// verbs_datapath.cc.
 class VerbsBackend final : public Backend {
  public:
-  /// Opens every port of `choice`. `lib` must outlive the backend.
+  /// Opens every port of `choice`. `lib` must outlive the backend. `load_cuda` is called when the
+  /// first GPU memory is registered.
   /// @throw std::runtime_error with call, device, errno and remedy.
-  VerbsBackend(const EngineConfig& config, const Ibverbs& lib, Choice choice);
+  VerbsBackend(const EngineConfig& config, const Ibverbs& lib, Choice choice,
+               const cuda::Cuda& (*load_cuda)() = &cuda::load_cuda);
   ~VerbsBackend() override;
 
   [[nodiscard]] std::string_view name() const override { return "verbs"; }
@@ -57,6 +59,7 @@ class VerbsBackend final : public Backend {
   Bytes create_endpoint(PeerId peer) override;
   void connect(PeerId peer, PeerLink link) override;
   void probe(PeerId peer) override;
+  [[nodiscard]] rkv::Path path(PeerId peer) const override;
   Posted post_writes(PeerId peer, TransferId transfer, std::span<const WriteSlice> slices,
                      std::optional<std::uint32_t> imm) override;
   bool post_signal(PeerId peer, std::uint32_t imm) override;
@@ -111,6 +114,7 @@ class VerbsBackend final : public Backend {
   };
 
   // Set-up and tear-down.
+  void list_gpus_to_flush();
   [[nodiscard]] RailAddress own_address(std::size_t rail) const;
   [[nodiscard]] Path path_to(std::size_t rail, const RailAddress& remote) const;
   void connect_rails(Peer& peer, const std::vector<RailEndpoint>& remote);
@@ -136,8 +140,10 @@ class VerbsBackend final : public Backend {
   void on_receive(std::size_t rail, const ibv_wc& wc);
   void deliver_signals(PeerId peer);
   void pop_signal(Channel& channel);
+  void flush_gpus();
 
   const Ibverbs& lib_;
+  const cuda::Cuda& (*const load_cuda_)();
   const Choice choice_;
   const std::uint64_t block_size_;
   const Clock::duration peer_timeout_;
@@ -149,7 +155,8 @@ class VerbsBackend final : public Backend {
   std::uint32_t send_wrs_ = 0;  // of one QP
 
   std::vector<KeysByRegion> local_keys_;  // by rail
-  std::unordered_map<RegionId, std::unique_ptr<PinnedMemory>> registrations_;
+  std::unordered_map<RegionId, std::unique_ptr<Registration>> registrations_;
+  std::vector<std::shared_ptr<const cuda::Gpu>> gpus_to_flush_;  // each once
   std::vector<RailState> rail_states_;
   std::unordered_map<std::uint32_t, Channel*> by_serial_;
   std::uint32_t next_serial_ = 1;
@@ -167,6 +174,7 @@ class VerbsBackend final : public Backend {
     std::uint64_t posts_refused = 0;
     std::uint64_t probes = 0;
     std::uint64_t async_events = 0;
+    std::uint64_t gpu_flushes = 0;
   } counters_;
 };
 

@@ -5,7 +5,9 @@
 #include <algorithm>
 #include <exception>
 #include <iterator>
+#include <stdexcept>
 
+#include "cuda/visibility.h"
 #include "verbs/failure.h"
 #include "verbs/verbs_backend.h"
 
@@ -168,10 +170,25 @@ void VerbsBackend::probe(PeerId id) {
 bool VerbsBackend::progress(std::vector<Completion>& completions) {
   if (!reaps_.empty()) collect_reaped();
   for (std::size_t rail = 0; rail < rails_.size(); ++rail) drain(rail, kMaxPollRounds);
+  if (!gpus_to_flush_.empty()) flush_gpus();
   const bool moved = !completions_.empty();
   std::move(completions_.begin(), completions_.end(), std::back_inserter(completions));
   completions_.clear();
   return moved;
+}
+
+/// Before signals are reported: what peers wrote into GPU memory must be what its kernels read.
+/// Which memory a signal is about is not known here, so once for all signals and every GPU.
+void VerbsBackend::flush_gpus() {
+  const auto is_signal = [](const Completion& done) { return done.kind == Completion::Kind::kImm; };
+  if (std::none_of(completions_.begin(), completions_.end(), is_signal)) return;
+  try {
+    for (const auto& gpu : gpus_to_flush_) cuda::flush_remote_writes(*gpu);
+    counters_.gpu_flushes += gpus_to_flush_.size();
+  } catch (const std::runtime_error& error) {
+    std::erase_if(completions_, is_signal);
+    for (const auto& [id, peer] : peers_) fail(id, error.what());
+  }
 }
 
 bool VerbsBackend::arm() {
