@@ -11,6 +11,7 @@ from rdma_kv_cache.protocol.bootstrap import (
     Bundle,
     Bundles,
     EngineHello,
+    PathInfo,
     PeerDown,
     PeerState,
     PeerUp,
@@ -55,6 +56,18 @@ def test_bundles_of_other_lives_are_dropped() -> None:
         Bundle(THEIRS[0], MINE[0], b"good"),
     ]
     assert links.greeting(MINE[1]) == [PeerUp("decode-0", 20, 2)]
+
+
+def test_paths_name_each_peer_engine_and_the_worst_of_its_pairs() -> None:
+    links = Links(ME, [PEER, OTHER])
+    fast = PathInfo("cuda_ipc", "cuda_ipc: same GPU")
+    slow = PathInfo("tcp", "tcp: 127.0.0.1", "no peer access")
+    links.report(PeerState(MINE[0], THEIRS[0], True, path=fast), 0.0)
+    links.report(PeerState(MINE[0], THEIRS[1], True, path=slow), 0.0)
+    links.report(PeerState(MINE[1], THEIRS[1], True, path=fast), 0.0)
+    assert links.paths() == {"decode-0": slow}
+    links.report(PeerState(MINE[0], THEIRS[1], False, "lost"), 1.0)
+    assert links.paths() == {"decode-0": fast}
 
 
 def test_a_newer_bundle_of_a_pair_replaces_the_older() -> None:

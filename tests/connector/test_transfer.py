@@ -136,6 +136,14 @@ def test_renewed_leases_hold(pair: MakePair) -> None:
     assert received(decode) == ({"d-t"}, set())
 
 
+def test_the_rank_is_told_the_way_to_the_peer(pair: MakePair) -> None:
+    for side in pair():
+        path = side.rank.states[-1].path
+        assert path is not None
+        assert path.backend == "tcp"
+        assert path.description.startswith("tcp")
+
+
 def test_release_frees_prefill(pair: MakePair) -> None:
     from rdma_kv_cache.connector.metadata import RemoteTransfer
 

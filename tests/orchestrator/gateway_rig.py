@@ -18,7 +18,7 @@ from rdma_kv_cache.cluster.run_dir import RunDir, RunState
 from rdma_kv_cache.config import JobConfig, OrchestratorConfig
 from rdma_kv_cache.orchestrator.legs import open_session
 from rdma_kv_cache.orchestrator.server import Server
-from rdma_kv_cache.protocol.bootstrap import EngineHello
+from rdma_kv_cache.protocol.bootstrap import EngineHello, PathInfo
 from rdma_kv_cache.protocol.codec import engine_api_key, sign, verify
 from rdma_kv_cache.protocol.control import (
     Announce,
@@ -171,6 +171,7 @@ class Rank:
         self.state = "READY"
         self.reason = ""
         self.restarts = 0
+        self.paths: dict[str, PathInfo] = {}
         self.beating = True
         self.answers_stop = True
         self.received: list[Any] = []
@@ -228,6 +229,7 @@ class Rank:
                     self.peers_connected,
                     self.peers_expected,
                     self.reason,
+                    paths=self.paths,
                 )
                 await self.send(beat)
             await asyncio.sleep(HEARTBEAT_S)

@@ -12,8 +12,9 @@ from typing import Any
 import aiohttp
 import pytest
 from aiohttp import web
-from gateway_rig import MODEL, Vllm, params_of, rig, until
+from gateway_rig import HEARTBEAT_S, MODEL, Vllm, params_of, rig, until
 
+from rdma_kv_cache.protocol.bootstrap import PathInfo
 from rdma_kv_cache.protocol.codec import engine_api_key
 
 CHAT = "/v1/chat/completions"
@@ -299,6 +300,40 @@ def test_metrics_count_requests_and_carry_the_engines_series(tmp_path: Path) -> 
                 assert f"vllm:num_requests_running{{{labels}}} 2.0" in lines
             assert sum(line.startswith("# TYPE vllm:rdma_kv_bytes_total") for line in lines) == 1
             assert not any("prompt_tokens" in line for line in lines)
+
+    asyncio.run(scenario())
+
+
+def test_the_way_of_each_pair_is_told(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with rig(tmp_path, 1, 2) as job:
+            job.ranks["prefill-0"].paths = {
+                "decode-0": PathInfo("cuda_ipc", "cuda_ipc: same GPU"),
+                "decode-1": PathInfo("tcp", "tcp: 10.0.0.1", "tcp is used because of no NIC"),
+            }
+            job.ranks["decode-0"].paths = {"prefill-0": PathInfo("cuda_ipc")}
+
+            async def paths() -> list[dict[str, str]]:
+                _, nodes = await job.get("/nodes")
+                return nodes["engines"][0]["paths"]
+
+            while not await paths():  # until the next heartbeat
+                await asyncio.sleep(HEARTBEAT_S)
+            assert (await paths())[1] == {
+                "peer": "decode-1",
+                "backend": "tcp",
+                "description": "tcp: 10.0.0.1",
+                "warning": "tcp is used because of no NIC",
+            }
+            async with job.client.get(job.url + "/metrics") as response:
+                lines = (await response.text()).splitlines()
+            told = [line for line in lines if line.startswith(("rdma_kv_peer", "rdma_kv_slow"))]
+            assert told == [
+                'rdma_kv_peer_path_info{backend="cuda_ipc",decode="decode-0",prefill="prefill-0"} 1.0',
+                'rdma_kv_peer_path_info{backend="tcp",decode="decode-1",prefill="prefill-0"} 1.0',
+                'rdma_kv_slow_path{decode="decode-0",prefill="prefill-0"} 0.0',
+                'rdma_kv_slow_path{decode="decode-1",prefill="prefill-0"} 1.0',
+            ]
 
     asyncio.run(scenario())
 

@@ -256,6 +256,18 @@ def test_what_else_the_user_should_know(
     assert "nothing listens any more" in views["9"].detail
 
 
+def test_slow_paths_are_told(runs: Path, slurm: FakeSlurm, service: Service) -> None:
+    slurm.set("squeue", RUNNING)
+    service.serve()
+    nodes = json.loads(service.pages["/nodes"][1])
+    for engine, peer in zip(nodes["engines"], ("decode-0", "prefill-0"), strict=True):
+        engine["paths"] = [{"peer": peer, "backend": "tcp", "warning": "no NIC"}]
+    service.pages["/nodes"] = (200, json.dumps(nodes))
+    run = start(submit(runs, 7), ready(service.url, socket.gethostname()))
+    run.write_api_key(KEY)
+    assert look(runs)["7"].notes == ["slow path prefill-0 to decode-0: no NIC"]
+
+
 def test_a_job_in_the_queue_without_a_folder_is_found_by_its_id(
     runs: Path, slurm: FakeSlurm
 ) -> None:

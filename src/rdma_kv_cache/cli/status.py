@@ -213,7 +213,7 @@ def _engine_table(engines: list[EngineView]) -> Table:
             engine.state,
             ",".join(engine.gpus),
             ",".join(engine.nics),
-            engine.transport,
+            ",".join(sorted({path.backend for path in engine.paths})) or engine.transport,
             "" if engine.running is None else str(engine.running),
             "" if engine.waiting is None else str(engine.waiting),
             "" if used is None else f"{used:.0%}",

@@ -44,8 +44,9 @@ HEALTH_TIMEOUT_S = 2.0
 # A pair that failed tries again with pauses of up to 15 s; one that stays down this many
 # connect timeouts (incompatible engines, no route) will not come up by waiting.
 PAIR_PATIENCE = 3
-# A line a port in the backend's description: "mlx5_0:1 (InfiniBand, ...): why".
-_NIC = re.compile(r"^([\w-]+:\d+) \(", re.MULTILINE)
+# A line a port in the backend's description: "mlx5_0:1 (InfiniBand, ...): why"; where several
+# backends are described the first line begins with "verbs: ".
+_NIC = re.compile(r"^(?:verbs: )?([\w-]+:\d+) \(", re.MULTILINE)
 
 
 class EngineFailed(Exception):
@@ -179,8 +180,10 @@ class EngineLife:
             "pair %s - %s %s",
             state.worker,
             state.peer,
-            "connected" if state.connected else f"down: {state.reason}",
+            _how(state),
         )
+        if state.path is not None and state.path.warning:
+            log.warning("%s to %s: slow path: %s", state.worker, state.peer, state.path.warning)
         self.links.report(state, time.monotonic())
         self._note_change()
 
@@ -256,3 +259,9 @@ class EngineLife:
     def _note_change(self) -> None:
         self._changed.set()
         self._events.links_changed()
+
+
+def _how(state: PeerState) -> str:
+    if not state.connected:
+        return f"down: {state.reason}"
+    return "connected" if state.path is None else f"connected: {state.path.description}"

@@ -171,6 +171,7 @@ class EngineRank:
             gpus=list(self._gpus),
             nics=self._life.nics,
             transport=self._life.transport,
+            paths=self._life.links.paths(),
         )
 
     # What a life tells (LifeEvents)

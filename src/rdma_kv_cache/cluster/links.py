@@ -11,7 +11,7 @@ from rdma_kv_cache.protocol.bootstrap import Bundle, PeerDown, PeerState, PeerUp
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from rdma_kv_cache.protocol.bootstrap import EngineHello, ToWorker
+    from rdma_kv_cache.protocol.bootstrap import EngineHello, PathInfo, ToWorker
 
 log = logging.getLogger(__name__)
 
@@ -104,6 +104,17 @@ class Links:
     def connected(self) -> int:
         """Return how many peer engines are connected, all pairs of each."""
         return sum(map(self.is_connected, self.peers))
+
+    def paths(self) -> dict[str, PathInfo]:
+        """Return the way to each connected peer engine; of several pairs, one with a warning."""
+        found: dict[str, PathInfo] = {}
+        for (_, theirs), state in self._states.items():
+            if state.path is None or not state.connected:
+                continue
+            known = found.get(theirs.engine)
+            if known is None or (state.path.warning and not known.warning):
+                found[theirs.engine] = state.path
+        return found
 
     def is_complete(self) -> bool:
         """Whether every known peer engine is connected."""

@@ -19,7 +19,7 @@ from rdma_kv_cache import _native
 from rdma_kv_cache.connector.compatibility import first_difference
 from rdma_kv_cache.connector.log import get_logger
 from rdma_kv_cache.connector.messages import PROBE_IMM, Hello, Probe, ProbeResult
-from rdma_kv_cache.protocol.bootstrap import Bundle, PeerState, WorkerId
+from rdma_kv_cache.protocol.bootstrap import Bundle, PathInfo, PeerState, WorkerId
 from rdma_kv_cache.protocol.codec import ProtocolError, decode, encode
 
 if TYPE_CHECKING:
@@ -223,8 +223,12 @@ class Peers:
     def _usable(self, peer: Peer) -> None:
         peer.usable = True
         self._retries.pop(peer.worker, None)
-        logger.info("peer %s connected by %s, probe verified", peer.worker, self._engine.backend)
-        self._send_to_rank(PeerState(self._me, peer.worker, connected=True))
+        native = self._engine.peer_path(peer.native)
+        path = PathInfo(native.backend, native.description, native.warning)
+        logger.info("peer %s connected, probe verified: %s", peer.worker, path.description)
+        if path.warning:
+            logger.warning("peer %s: slow path: %s", peer.worker, path.warning)
+        self._send_to_rank(PeerState(self._me, peer.worker, connected=True, path=path))
 
     def _offer(self, worker: WorkerId, attempt: int) -> Peer:
         # Of the KV cache's kind: the probe takes the way that pages take.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from rdma_kv_cache.protocol.bootstrap import EngineHello
+    from rdma_kv_cache.protocol.bootstrap import EngineHello, PathInfo
     from rdma_kv_cache.protocol.control import EngineState, Heartbeat
 
 log = logging.getLogger(__name__)
@@ -42,6 +42,8 @@ class Engine:
     gpus: list[str] = field(default_factory=list)
     nics: list[str] = field(default_factory=list)
     transport: str = ""
+    paths: dict[str, PathInfo] = field(default_factory=dict)
+    """The way of the bytes, by connected peer engine."""
     peers_connected: int = 0
     peers_expected: int = 0
     last_heartbeat: float | None = None
@@ -129,7 +131,7 @@ class Registry:
         engine.last_heartbeat = time.monotonic()
         engine.restarts, engine.pid = message.restarts, message.pid
         engine.gpus, engine.nics = message.gpus, message.nics
-        engine.transport = message.transport
+        engine.transport, engine.paths = message.transport, message.paths
         if message.incarnation == engine.incarnation:
             engine.peers_connected = message.peers_connected
             engine.peers_expected = message.peers_expected

@@ -95,7 +95,18 @@ class _EngineCollector(Collector):
             ready.add_sample(ready.name, labels, float(engine.ready))
             inflight.add_sample(inflight.name, labels, engine.inflight)
             restarts.add_sample(restarts.name + "_total", labels, engine.restarts)
-        yield from (ready, inflight, restarts)
+        yield from (ready, inflight, restarts, *self._paths())
+
+    def _paths(self) -> tuple[Metric, Metric]:
+        info = Metric("rdma_kv_peer_path_info", "1: this backend carries the pair's KV", "gauge")
+        slow = Metric("rdma_kv_slow_path", "1 if a faster path than this should be usable", "gauge")
+        # The prefill end writes, so its word counts.
+        for engine in self._engines.of_role("prefill"):
+            for peer, path in engine.paths.items():
+                pair = {"prefill": engine.name, "decode": peer}
+                info.add_sample(info.name, {**pair, "backend": path.backend}, 1.0)
+                slow.add_sample(slow.name, pair, float(bool(path.warning)))
+        return info, slow
 
 
 class _Merged(Collector):

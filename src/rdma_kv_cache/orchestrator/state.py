@@ -29,6 +29,15 @@ def describe_engine(engine: Engine) -> dict[str, Any]:
         "gpus": engine.gpus,
         "nics": engine.nics,
         "transport": engine.transport,
+        "paths": [
+            {
+                "peer": peer,
+                "backend": path.backend,
+                "description": path.description,
+                "warning": path.warning,
+            }
+            for peer, path in sorted(engine.paths.items())
+        ],
         "peers_connected": engine.peers_connected,
         "peers_expected": engine.peers_expected,
         "inflight": engine.inflight,

@@ -72,6 +72,17 @@ class Bundle(msgspec.Struct, frozen=True, tag="bundle"):
     payload: bytes
 
 
+class PathInfo(msgspec.Struct, frozen=True):
+    """The way of the bytes between two workers, or two engines.
+
+    `warning` says why it is slower than the hardware allows and what to do; empty if it is not.
+    """
+
+    backend: str
+    description: str = ""
+    warning: str = ""
+
+
 class PeerState(msgspec.Struct, frozen=True, tag="peer_state"):
     """Worker to its rank: `connected` means that the probe write was verified end to end."""
 
@@ -79,6 +90,7 @@ class PeerState(msgspec.Struct, frozen=True, tag="peer_state"):
     peer: WorkerId
     connected: bool
     reason: str = ""
+    path: PathInfo | None = None
 
 
 class Bundles(msgspec.Struct, frozen=True, tag="bundles"):

@@ -7,7 +7,7 @@ from typing import Literal, Union
 
 import msgspec
 
-from rdma_kv_cache.protocol.bootstrap import Bundles, EngineHello, PeerDown
+from rdma_kv_cache.protocol.bootstrap import Bundles, EngineHello, PathInfo, PeerDown
 
 EngineState = Literal["STARTING", "READY", "RESTARTING", "STOPPED", "LOST"]
 
@@ -27,7 +27,10 @@ class Challenge(msgspec.Struct, frozen=True, tag="challenge"):
 
 
 class Heartbeat(msgspec.Struct, frozen=True, tag="heartbeat"):
-    """Engine rank to hub, every `orchestrator.heartbeat_s`; `pid` is the vLLM server's."""
+    """Engine rank to hub, every `orchestrator.heartbeat_s`.
+
+    `pid` is the vLLM server's; `paths` are by peer engine, of those that are connected.
+    """
 
     engine: str
     incarnation: int
@@ -40,6 +43,7 @@ class Heartbeat(msgspec.Struct, frozen=True, tag="heartbeat"):
     gpus: list[str] = []
     nics: list[str] = []
     transport: str = ""
+    paths: dict[str, PathInfo] = {}
 
 
 class Announce(msgspec.Struct, frozen=True, tag="announce"):

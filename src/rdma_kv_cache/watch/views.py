@@ -10,6 +10,15 @@ import msgspec
 State = Literal["PENDING", "STARTING", "READY", "DRAINING", "FAILED", "DONE"]
 
 
+class PathView(msgspec.Struct, frozen=True):
+    """The way of the KV to one peer engine."""
+
+    peer: str
+    backend: str = ""
+    description: str = ""
+    warning: str = ""
+
+
 class EngineView(msgspec.Struct, frozen=True, kw_only=True):
     """One engine as /nodes tells of it; what an older service does not tell keeps its default."""
 
@@ -26,6 +35,7 @@ class EngineView(msgspec.Struct, frozen=True, kw_only=True):
     gpus: list[str] = []
     nics: list[str] = []
     transport: str = ""
+    paths: list[PathView] = []
     running: int | None = None
     waiting: int | None = None
     kv_cache_used: float | None = None

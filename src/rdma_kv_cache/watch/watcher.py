@@ -39,7 +39,7 @@ from rdma_kv_cache.watch.state import (
 from rdma_kv_cache.watch.views import ComponentView, EngineView, JobView
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from rdma_kv_cache.cluster.run_dir import RunState
     from rdma_kv_cache.slurm.programs import Runner
@@ -272,6 +272,7 @@ class Watcher:
                 for engine in answer.engines
                 if state == "READY" and engine.state != "READY"
             ]
+            notes += _slow_paths(answer.engines)
         if state == "READY" and (answer is None or not answer.ready):
             why = f"it listens on {host} only" if answer is None else answer.error
             notes.append(f"READY by its state file, not checked from here: {why}")
@@ -324,6 +325,16 @@ def _engines(answer: Answer | None, told: RunState | None) -> list[EngineView]:
         )
         for engine in (told.engines if told is not None else [])
     ]
+
+
+def _slow_paths(engines: Iterable[EngineView]) -> list[str]:
+    """A line for each reason that a path is slow; both ends of a pair may give the same."""
+    pairs: dict[str, list[str]] = {}
+    for engine in engines:
+        for path in engine.paths:
+            if path.warning and engine.role == "prefill":
+                pairs.setdefault(path.warning, []).append(f"{engine.name} to {path.peer}")
+    return [f"slow path {', '.join(names)}: {warning}" for warning, names in pairs.items()]
 
 
 def _has_last_word(folder: JobFolder, reading: Reading) -> bool:
