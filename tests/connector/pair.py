@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from rdma_kv_cache.connector.heads import held
 from rdma_kv_cache.connector.layout import KVLayout, Layer
 from rdma_kv_cache.connector.metadata import Load, PrefillChunk, PrefillEnd, StepMetadata
 from rdma_kv_cache.connector.settings import Settings
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 LAYERS, BLOCK_TOKENS, PAGE_BYTES, NUM_BLOCKS = 3, 4, 256, 64
+KV_HEADS = 4
 LIMIT_S = 15.0
 
 
@@ -44,11 +46,12 @@ def until(check: Callable[[], bool], what: str, limit_s: float = LIMIT_S) -> Non
 
 
 class Rank:
-    """The rank's end of one worker's bootstrap socket; bundles go to the `other` rank's worker."""
+    """The rank's end of one worker's bootstrap socket; bundles go to the worker that they are for,
+    among those of `others`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.other: Rank | None = None
+        self.others: list[Rank] = []
         self.hello: WorkerHello | None = None
         self.states: list[PeerState] = []
         self.carry = True
@@ -64,8 +67,9 @@ class Rank:
         self._connection.sendall(frame(encode(message)))
 
     def connected(self) -> bool:
-        """Whether the worker's last word is that its peer is usable."""
-        return bool(self.states) and self.states[-1].connected
+        """Whether the worker's last word on each peer is that it is usable."""
+        last = {state.peer.tp_rank: state.connected for state in self.states}
+        return len(last) >= len(self.others) and all(last.values())
 
     def _serve(self) -> None:
         self._connection, _ = self._listener.accept()
@@ -77,24 +81,41 @@ class Rank:
                     self.hello = message
                 elif isinstance(message, PeerState):
                     self.states.append(message)
-                elif self.carry and self.other is not None:
-                    self.other.send(message)
+                elif self.carry:
+                    for other in self.others:
+                        if other.hello is not None and other.hello.worker == message.receiver:
+                            other.send(message)
 
 
 class Side:
-    """One worker with its KV memory: `kv[layer, block]` is one page."""
+    """One worker with its KV memory: `kv[layer, block]` is one page.
+
+    It holds its TP rank's part of KV_HEADS heads.
+    """
 
     def __init__(
-        self, folder: Path, engine: str, incarnation: int, *, prefill: bool, **settings: object
+        self,
+        folder: Path,
+        engine: str,
+        incarnation: int,
+        *,
+        prefill: bool,
+        tp_rank: int = 0,
+        tp_size: int = 1,
+        head_major: bool = True,
+        **settings: object,
     ) -> None:
-        self.kv = np.zeros((LAYERS, NUM_BLOCKS, PAGE_BYTES), dtype=np.uint8)
+        heads = len(held(KV_HEADS, tp_size, tp_rank))
+        page = PAGE_BYTES * heads // KV_HEADS
+        self.tp_size = tp_size
+        self.kv = np.zeros((LAYERS, NUM_BLOCKS, page), dtype=np.uint8)
         base = self.kv.ctypes.data
         layers = tuple(
-            Layer(f"l{i}", 0, base + i * NUM_BLOCKS * PAGE_BYTES, PAGE_BYTES, PAGE_BYTES)
+            Layer(f"l{i}", 0, base + i * NUM_BLOCKS * page, page, page, heads, KV_HEADS, head_major)
             for i in range(LAYERS)
         )
         self.layout = KVLayout(layers, (BLOCK_TOKENS,), NUM_BLOCKS, ((base, self.kv.nbytes),))
-        self.rank = Rank(folder / f"{engine}-{incarnation}.sock")
+        self.rank = Rank(folder / f"{engine}-{incarnation}-{tp_rank}.sock")
         model = settings.pop("model", "m")
         values = {
             "peer_timeout_s": 1.0, "connect_timeout_s": 5.0, "cancel_timeout_s": 1.0,
@@ -104,6 +125,8 @@ class Side:
             Settings(engine, incarnation, str(self.rank.path), **values),  # type: ignore[arg-type]
             self.layout,
             {"model": str(model)},
+            tp_rank=tp_rank,
+            tp_size=tp_size,
             produces=prefill,
             consumes=not prefill,
         )
@@ -123,11 +146,19 @@ class Side:
 
 def meet(prefill: Side, decode_side: Side) -> None:
     """Introduce the two, as their ranks do."""
-    prefill.rank.other, decode_side.rank.other = decode_side.rank, prefill.rank
+    meet_all([prefill], [decode_side])
+
+
+def meet_all(prefill: list[Side], decode_side: list[Side]) -> None:
+    """Introduce the workers of two engines."""
     for here, there in ((prefill, decode_side), (decode_side, prefill)):
-        hello = there.rank.hello
+        for side in here:
+            side.rank.others = [other.rank for other in there]
+    for here, there in ((prefill, decode_side), (decode_side, prefill)):
+        hello = there[0].rank.hello
         assert hello is not None
-        here.rank.send(PeerUp(hello.worker.engine, hello.worker.incarnation, 1))
+        for side in here:
+            side.rank.send(PeerUp(hello.worker.engine, hello.worker.incarnation, len(there)))
 
 
 def chunk(blocks: list[int], prompt: int, computed: int, transfer: str = "t") -> PrefillChunk:

@@ -13,12 +13,14 @@ from typing import Any
 
 import pytest
 
+from rdma_kv_cache.connector.heads import Slice
 from rdma_kv_cache.connector.layout import KVLayout, Layer
 from rdma_kv_cache.connector.messages import Cancel, Register
 from rdma_kv_cache.connector.metadata import StepMetadata
 from rdma_kv_cache.connector.producer_worker import ProducerWorker
 from rdma_kv_cache.connector.settings import Settings
 from rdma_kv_cache.connector.stats import TransferStats
+from rdma_kv_cache.protocol.bootstrap import WorkerId
 from tests.connector.pair import BLOCK_TOKENS, LAYERS, NUM_BLOCKS, PAGE_BYTES, chunk, end
 
 BASE, REMOTE_BASE = 1 << 20, 1 << 30
@@ -78,7 +80,11 @@ class Rig:
             self.stats,  # type: ignore[arg-type]
         )
         self.peer: Any = SimpleNamespace(
-            native=1, worker="decode-0/0", remote=SimpleNamespace(layers=remote.describe())
+            native=1,
+            worker=WorkerId("decode-0", 0, 2),
+            fan_out=1,
+            slices=[Slice(0, 0, PAGE_BYTES)] * LAYERS,
+            remote=SimpleNamespace(layers=remote.describe()),
         )
 
     def register(self, pages: list[int], prompt: int, transfer: str = "t") -> None:

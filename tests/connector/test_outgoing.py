@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rdma_kv_cache.connector.heads import Slice
 from rdma_kv_cache.connector.layout import KVLayout, Layer
 from rdma_kv_cache.connector.metadata import PrefillChunk
 from rdma_kv_cache.connector.outgoing import Outgoing, PageWrites
@@ -64,9 +65,17 @@ def cases(draw: st.DrawFn) -> Case:
     )
 
 
+def peer_at(there: KVLayout) -> Any:
+    """A decode worker of the same TP rank."""
+    whole = [Slice(0, 0, PAGE_BYTES)] * LAYERS
+    return SimpleNamespace(
+        native=1, fan_out=1, slices=whole, remote=SimpleNamespace(layers=there.describe())
+    )
+
+
 def take(out: Outgoing, layers: Iterable[int]) -> PageWrites | None:
     """What can be written of these layers."""
-    parts = out.take_writes(layers, lambda _mark: True)
+    parts = [w for d in out.deliveries.values() for w in d.take_writes(layers, lambda _: True)]
     assert len(parts) < 2
     return parts[0] if parts else None
 
@@ -81,7 +90,7 @@ def run(case: Case) -> tuple[dict[int, int], list[int], int]:
     """Play a prefill; returns {destination: source} of all writes, event sizes, writes twice."""
     here, there = layout(1 << 20), layout(1 << 30)
     out = Outgoing("r", "t", case.prompt, here)
-    peer: Any = SimpleNamespace(remote=SimpleNamespace(layers=there.describe()))
+    peer = peer_at(there)
     written: dict[int, int] = {}
     sizes: list[int] = []
     twice = 0
@@ -108,16 +117,16 @@ def run(case: Case) -> tuple[dict[int, int], list[int], int]:
         known_blocks = upto
         for step in range(LAYERS + 1):
             if event == case.register_before_event:
-                out.set_target(peer, 7, [case.target_blocks], 0.0)
+                out.add_target(peer, 7, [case.target_blocks], 0.0)
                 flush(range(LAYERS))
             event += 1
             if step < LAYERS:
                 out.layer_done(step, end, 0)
                 flush(range(step, step + 1))
-    if not out.target:
-        out.set_target(peer, 7, [case.target_blocks], 0.0)
+    if not out.deliveries:
+        out.add_target(peer, 7, [case.target_blocks], 0.0)
         flush(range(LAYERS))
-    assert out.all_sent()
+    assert all(d.all_sent() for d in out.deliveries.values())
     return written, sizes, twice
 
 
@@ -137,8 +146,8 @@ def test_every_wanted_page_is_written_once_from_its_own_source(case: Case) -> No
 
 def test_a_partial_page_waits_for_the_last_chunk() -> None:
     out = Outgoing("r", "t", 10, layout(1 << 20))
-    peer: Any = SimpleNamespace(remote=SimpleNamespace(layers=layout(1 << 30).describe()))
-    out.set_target(peer, 1, [[1, 2, 3]], 0.0)
+    peer = peer_at(layout(1 << 30))
+    out.add_target(peer, 1, [[1, 2, 3]], 0.0)
     out.add_chunk(PrefillChunk("r", "t", 10, 6, ([5, 6],), True))
     computed(out, 6)
     writes = take(out, [0])
@@ -153,8 +162,8 @@ def test_a_partial_page_waits_for_the_last_chunk() -> None:
 
 def test_a_preempted_request_sends_only_what_was_not_sent() -> None:
     out = Outgoing("r", "t", 8, layout(1 << 20))
-    peer: Any = SimpleNamespace(remote=SimpleNamespace(layers=layout(1 << 30).describe()))
-    out.set_target(peer, 1, [[1, 2]], 0.0)
+    peer = peer_at(layout(1 << 30))
+    out.add_target(peer, 1, [[1, 2]], 0.0)
     out.add_chunk(PrefillChunk("r", "t", 8, 4, ([5],), True))
     computed(out, 4)
     assert take(out, range(LAYERS)) is not None
@@ -165,11 +174,11 @@ def test_a_preempted_request_sends_only_what_was_not_sent() -> None:
     writes = take(out, range(LAYERS))
     assert writes is not None
     assert np.unique((writes.source - (1 << 20)) // PAGE_BYTES % NUM_BLOCKS).tolist() == [10]
-    assert out.all_sent()
+    assert all(d.all_sent() for d in out.deliveries.values())
 
 
 def test_a_register_for_another_prompt_is_refused() -> None:
     out = Outgoing("r", "t", 8, layout(1 << 20))
-    peer: Any = SimpleNamespace(remote=SimpleNamespace(layers=layout(1 << 30).describe()))
+    peer = peer_at(layout(1 << 30))
     with pytest.raises(ValueError, match="another prompt or tokenizer"):
-        out.set_target(peer, 1, [[1, 2, 3]], 0.0)
+        out.add_target(peer, 1, [[1, 2, 3]], 0.0)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from rdma_kv_cache.connector.layout import KVLayout
 
-CONNECTOR_VERSION = 1
+CONNECTOR_VERSION = 2
 """Raise on any change of messages.py or of the meaning of a page."""
 
 
@@ -35,14 +35,16 @@ def describe(config: VllmConfig, layout: KVLayout) -> dict[str, str]:
         "model config": _digest(_hf_config(config)),
         "dtype": str(model.dtype),
         "KV cache dtype": str(cache.cache_dtype),
-        "tensor_parallel_size": str(parallel.tensor_parallel_size),
         "pipeline_parallel_size": str(parallel.pipeline_parallel_size),
         "block size": ",".join(map(str, layout.block_tokens)),
         "attention backend": ",".join(backends),
         "CPU instruction set": _cpu_isa(config, backends),
         "KV cache layout": _page_order(layout),
         "layers": str(len(layout.layers)),
-        "layer pages": _digest([(x.name, x.group, x.page_bytes) for x in layout.layers]),
+        # By head, as engines of different TP sizes can meet: see heads.py.
+        "layer pages": _digest(
+            [(x.name, x.group, x.kv_heads, x.page_bytes // (x.heads or 1)) for x in layout.layers]
+        ),
     }
 
 
@@ -62,7 +64,7 @@ def _digest(value: object) -> str:
 
 def _page_order(layout: KVLayout) -> str:
     """What is outermost in a page, as the tensors say; vLLM's names for it change."""
-    orders = {"head-major" if layer.heads else "token-major" for layer in layout.layers}
+    orders = {"head-major" if x.head_major else "token-major" for x in layout.layers}
     return ",".join(sorted(orders))
 
 

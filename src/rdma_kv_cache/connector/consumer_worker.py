@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Worker side of a decode engine: asks for pages and reports each request exactly once.
 
-A load ends in one of four ways: its signal arrived, prefill refused or confirmed a cancel, or the
-peer was fenced off. Only then is it reported, so nothing can still be written into its blocks.
+What a prefill rank gives ends in one of four ways: its signal arrived, it refused or confirmed a
+cancel, or it was fenced off. A load is reported when this is so for all ranks that it comes from,
+so nothing can still be written into its blocks.
 All methods run under the runtime's lock.
 """
 
 from __future__ import annotations
 
+import contextlib
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -45,18 +47,31 @@ RENEWALS_PER_LEASE = 3
 
 
 @dataclass
-class Incoming:
-    """State of one load on the decode side."""
+class Part:
+    """What one prefill rank gives; `ended` means that nothing of it can land any more."""
 
-    load: Load
     peer: Peer
-    epoch: int
-    deadline: float
     signalled: bool = False
-    aborted: bool = False
-    cancelling: str | None = None
+    ended: bool = False
     pages_expected: int | None = None
     sums: list[Checksums] = field(default_factory=list)
+
+
+@dataclass
+class Incoming:
+    """State of one load on the decode side; `failure` tells of the first part that failed."""
+
+    load: Load
+    parts: list[Part]
+    epoch: int
+    deadline: float
+    aborted: bool = False
+    cancelling: str | None = None
+    failure: str | None = None
+
+    def part_of(self, peer: Peer) -> Part | None:
+        """The unfinished part that comes from this peer."""
+        return next((part for part in self.parts if part.peer is peer and not part.ended), None)
 
 
 class ConsumerWorker:
@@ -69,7 +84,6 @@ class ConsumerWorker:
         layout: KVLayout,
         settings: Settings,
         stats: TransferStats,
-        tp_rank: int,
         fence: Callable[[Peer, str], None],
     ) -> None:
         self._peers = peers
@@ -77,7 +91,6 @@ class ConsumerWorker:
         self._layout = layout
         self._settings = settings
         self._stats = stats
-        self._tp_rank = tp_rank
         self._fence = fence
         self._epoch = 0
         self._by_request: dict[str, Incoming] = {}
@@ -103,8 +116,7 @@ class ConsumerWorker:
                 self._start_cancel(incoming, "the request was aborted")
         for transfer in meta.releases:
             self._expected.pop(transfer.transfer_id, None)
-            if (peer := self._peers.find(transfer.engine, self._tp_rank)) is not None:
-                self._peers.send(peer, Release(transfer.transfer_id))
+            self._tell(transfer.engine, Release(transfer.transfer_id))
 
     def take_finished(self) -> tuple[set[str], set[str]]:
         """(ended, those of them to be reported as failed); each request is returned once."""
@@ -124,30 +136,32 @@ class ConsumerWorker:
     # From the peer
 
     def on_signal(self, peer: Peer, epoch: int) -> None:
-        """Every write of this epoch has landed. A dead epoch's signal is ignored."""
+        """Every write of this peer for this epoch has landed. A dead epoch's is ignored."""
         incoming = self._by_epoch.get(epoch)
-        if incoming is not None and incoming.peer is peer:
-            incoming.signalled = True
-            self._complete(incoming)
+        if incoming is not None and (part := incoming.part_of(peer)) is not None:
+            part.signalled = True
+            self._check(incoming, part)
 
     def on_message(self, peer: Peer, message: Refused | Cancelled | Checksums) -> None:
         """REFUSED, CANCELLED or CHECKSUMS; one for a dead epoch is ignored."""
         incoming = self._by_epoch.get(message.epoch)
-        if incoming is None or incoming.peer is not peer:
+        if incoming is None or (part := incoming.part_of(peer)) is None:
             return
         if isinstance(message, Refused):
-            self._fail(incoming, f"prefill refused: {message.reason}")
+            self._part_ended(incoming, part, f"prefill refused: {message.reason}")
         elif isinstance(message, Cancelled):
-            self._fail(incoming, incoming.cancelling or "prefill cancelled it")
+            self._part_ended(incoming, part, incoming.cancelling or "prefill cancelled it")
         else:
-            incoming.sums.append(message)
-            incoming.pages_expected = message.total_pages or incoming.pages_expected
-            self._complete(incoming)
+            part.sums.append(message)
+            part.pages_expected = message.total_pages or part.pages_expected
+            self._check(incoming, part)
 
     def on_peer_lost(self, peer: Peer) -> None:
-        """The peer is fenced: nothing can land any more, so its loads have ended."""
-        for incoming in [x for x in self._by_epoch.values() if x.peer is peer]:
-            self._fail(incoming, incoming.cancelling or "its prefill engine is gone")
+        """The peer is fenced: nothing of it can land any more."""
+        for incoming in list(self._by_epoch.values()):
+            if (part := incoming.part_of(peer)) is not None:
+                reason = incoming.cancelling or "its prefill engine is gone"
+                self._part_ended(incoming, part, reason)
 
     def tick(self, now: float) -> None:
         """Deadlines and lease renewals."""
@@ -160,10 +174,11 @@ class ConsumerWorker:
                 )
             else:
                 # Ends all loads of this peer through on_peer_lost.
-                self._fence(
-                    incoming.peer,
-                    f"CANCEL was not confirmed within {self._settings.cancel_timeout_s:.0f} s",
-                )
+                for part in [part for part in incoming.parts if not part.ended]:
+                    self._fence(
+                        part.peer,
+                        f"CANCEL was not confirmed within {self._settings.cancel_timeout_s:.0f} s",
+                    )
         if now >= self._renew_at:
             self._renew_at = now + self._settings.lease_s / RENEWALS_PER_LEASE
             self._renew()
@@ -172,43 +187,61 @@ class ConsumerWorker:
 
     def _begin(self, load: Load) -> None:
         self._epoch = self._epoch % MAX_EPOCH + 1
-        peer = self._peers.find(load.engine, self._tp_rank)
-        if peer is None:
-            self._end(load, f"no connection to {load.engine}")
+        try:
+            peers = self._peers.sources(load.engine)
+        except ValueError as error:
+            self._end(load, str(error))
             return
-        if load.incarnation not in (None, peer.worker.incarnation):
+        if any(load.incarnation not in (None, peer.worker.incarnation) for peer in peers):
             self._end(load, f"{load.engine} was restarted since it computed this prompt")
             return
         deadline = time.monotonic() + self._settings.transfer_timeout_s
-        incoming = Incoming(load, peer, self._epoch, deadline)
+        incoming = Incoming(load, [Part(peer) for peer in peers], self._epoch, deadline)
         self._by_request[load.req_id] = self._by_epoch[incoming.epoch] = incoming
         blocks = [list(ids) for ids in load.block_ids]
-        self._peers.send(
-            peer, Register(load.transfer_id, incoming.epoch, load.prompt_tokens, blocks)
-        )
+        register = Register(load.transfer_id, incoming.epoch, load.prompt_tokens, blocks)
+        for peer in peers:
+            self._peers.send(peer, register)
 
     def _start_cancel(self, incoming: Incoming, reason: str) -> None:
         if incoming.cancelling is not None:
             return
         incoming.cancelling = reason
         incoming.deadline = time.monotonic() + self._settings.cancel_timeout_s
-        self._peers.send(incoming.peer, Cancel(incoming.load.transfer_id, incoming.epoch))
+        for part in incoming.parts:
+            if not part.ended:
+                self._peers.send(part.peer, Cancel(incoming.load.transfer_id, incoming.epoch))
 
-    def _complete(self, incoming: Incoming) -> None:
+    def _check(self, incoming: Incoming, part: Part) -> None:
         """The signal is here; in checksum mode the pages are compared first."""
-        if not incoming.signalled:
+        if not part.signalled:
             return
         if self._settings.checksum:
-            received = sum(len(m.sums) // 8 for m in incoming.sums)
-            if incoming.pages_expected is None or received < incoming.pages_expected:
+            received = sum(len(m.sums) // 8 for m in part.sums)
+            if part.pages_expected is None or received < part.pages_expected:
                 return
-            damaged = self._damaged_pages(incoming.sums)
+            damaged = self._damaged_pages(part.sums)
             if damaged:
-                self._fail(incoming, f"{damaged} of {received} pages differ from their checksum")
+                reason = f"{damaged} of {received} pages differ from their checksum"
+                self._part_ended(incoming, part, reason)
                 return
             self._stats.add("checksum_pages", received)
-        self._forget(incoming)
-        self._finished.add(incoming.load.req_id)
+        self._part_ended(incoming, part, None)
+
+    def _part_ended(self, incoming: Incoming, part: Part, failure: str | None) -> None:
+        """One rank has given its heads, or failed: the others' are of no use then."""
+        part.ended = True
+        incoming.failure = incoming.failure or failure
+        if not all(other.ended for other in incoming.parts):
+            if failure is not None:
+                self._start_cancel(incoming, failure)
+            return
+        del self._by_request[incoming.load.req_id]
+        del self._by_epoch[incoming.epoch]
+        if incoming.failure is None or incoming.aborted:
+            self._finished.add(incoming.load.req_id)
+        else:
+            self._end(incoming.load, incoming.failure)
 
     def _damaged_pages(self, messages: list[Checksums]) -> int:
         addresses = np.frombuffer(b"".join(m.addresses for m in messages), dtype=np.int64)
@@ -220,13 +253,6 @@ class ConsumerWorker:
         # Addresses come from the peer: what is not ours is damage, and must not be read.
         found = _native.checksum(addresses[inside], sizes[inside], self._memory.kind)
         return int((~inside).sum() + (found != sums[inside]).sum())
-
-    def _fail(self, incoming: Incoming, reason: str) -> None:
-        self._forget(incoming)
-        if incoming.aborted:
-            self._finished.add(incoming.load.req_id)
-        else:
-            self._end(incoming.load, reason)
 
     def _end(self, load: Load, reason: str) -> None:
         """Report a load without KV in the shape that fits one or several KV cache groups."""
@@ -240,14 +266,15 @@ class ConsumerWorker:
             self._failed.add(load.req_id)
         self._finished.add(load.req_id)
 
-    def _forget(self, incoming: Incoming) -> None:
-        del self._by_request[incoming.load.req_id]
-        del self._by_epoch[incoming.epoch]
-
     def _renew(self) -> None:
         by_engine: dict[str, list[str]] = {}
         for transfer in self._expected.values():
             by_engine.setdefault(transfer.engine, []).append(transfer.transfer_id)
         for engine, transfer_ids in by_engine.items():
-            if (peer := self._peers.find(engine, self._tp_rank)) is not None:
-                self._peers.send(peer, Renew(transfer_ids))
+            self._tell(engine, Renew(transfer_ids))
+
+    def _tell(self, engine: str, message: Release | Renew) -> None:
+        """Send to the ranks that loads come from; without a connection it is of no use."""
+        with contextlib.suppress(ValueError):
+            for peer in self._peers.sources(engine):
+                self._peers.send(peer, message)

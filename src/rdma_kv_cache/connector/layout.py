@@ -8,7 +8,7 @@ the layer's tensor, whatever the backend, so `data_ptr() + block * stride(0)` ho
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from rdma_kv_cache.connector.messages import RemoteLayer
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 class Layer:
     """One layer's pages: block b starts at `base + b * block_stride` and has `page_bytes` bytes.
 
-    `heads`: KV heads in a page if the bytes of each are one run, head after head; else 0.
+    A page holds `heads` of the layer's `kv_heads` KV heads (0: not told); with `head_major` the
+    bytes of each head are one run, head after head.
     """
 
     name: str
@@ -31,6 +32,8 @@ class Layer:
     block_stride: int
     page_bytes: int
     heads: int = 0
+    kv_heads: int = 0
+    head_major: bool = False
 
 
 @dataclass(frozen=True)
@@ -43,27 +46,35 @@ class KVLayout:
     storages: tuple[tuple[int, int], ...]
 
     @classmethod
-    def from_tensors(cls, kv_caches: dict[str, torch.Tensor], config: KVCacheConfig) -> KVLayout:
+    def from_tensors(
+        cls,
+        kv_caches: dict[str, torch.Tensor],
+        config: KVCacheConfig,
+        tp_size: int = 1,
+        model_kv_heads: int = 1,
+    ) -> KVLayout:
         """Read the layout of `register_kv_caches`' tensors (logical shape [blocks, …]).
 
-        Raises ValueError for a cache whose pages are not contiguous.
+        `model_kv_heads` tells how many heads there are where each rank has one of them. Raises
+        ValueError for a cache whose pages are not contiguous.
         """
         groups = {
             name: index
             for index, group in enumerate(config.kv_cache_groups)
             for name in group.layer_names
         }
-        layers = tuple(
-            _layer(name, groups[name], tensor, config.num_blocks)
-            for name, tensor in kv_caches.items()
-            if name in groups
-        )
+        found = []
+        for name, tensor in kv_caches.items():
+            if name in groups:
+                layer = _layer(name, groups[name], tensor, config.num_blocks)
+                is_split = tensor.shape[0] != config.num_blocks
+                found.append(_with_heads(layer, tensor, is_split, tp_size, model_kv_heads))
         storages = {
             tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
             for tensor in kv_caches.values()
         }
         return cls(
-            layers=layers,
+            layers=tuple(found),
             block_tokens=tuple(g.kv_cache_spec.block_size for g in config.kv_cache_groups),
             num_blocks=config.num_blocks,
             storages=tuple(storages.items()),
@@ -81,7 +92,12 @@ class KVLayout:
 
     def describe(self) -> list[RemoteLayer]:
         """The layers as a peer needs them."""
-        return [RemoteLayer(x.name, x.base, x.block_stride, x.page_bytes) for x in self.layers]
+        return [
+            RemoteLayer(
+                x.name, x.base, x.block_stride, x.page_bytes, x.heads, x.kv_heads, x.head_major
+            )
+            for x in self.layers
+        ]
 
 
 def _layer(name: str, group: int, tensor: torch.Tensor, num_blocks: int) -> Layer:
@@ -107,13 +123,23 @@ def _layer(name: str, group: int, tensor: torch.Tensor, num_blocks: int) -> Laye
         base=tensor.data_ptr(),
         block_stride=row_stride * kernel_blocks,
         page_bytes=row_bytes * kernel_blocks,
-        heads=_heads(tensor) if kernel_blocks == 1 else 0,
     )
 
 
-def _heads(tensor: torch.Tensor) -> int:
-    """KV heads of a [blocks, heads, tokens, content] cache with heads outermost in a page."""
+def _with_heads(
+    layer: Layer, tensor: torch.Tensor, is_split: bool, tp_size: int, model_kv_heads: int
+) -> Layer:
+    """Add what a cache of the logical shape [blocks, heads, tokens, content] tells of its heads.
+
+    `is_split`: a page is several blocks of the attention kernel.
+    """
     if tensor.dim() != 4:
-        return 0
+        return layer
     heads = int(tensor.shape[1])
-    return heads if heads == 1 or tensor.stride(1) > tensor.stride(2) else 0
+    is_replicated = heads == 1 and tp_size > model_kv_heads
+    return replace(
+        layer,
+        heads=heads,
+        kv_heads=model_kv_heads if is_replicated else heads * tp_size,
+        head_major=heads == 1 or (not is_split and tensor.stride(1) > tensor.stride(2)),
+    )

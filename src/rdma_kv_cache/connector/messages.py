@@ -17,12 +17,18 @@ PROBE_IMM = 0
 
 
 class RemoteLayer(msgspec.Struct, frozen=True, array_like=True):
-    """Where a layer's pages are in the peer: block b starts at `base + b * block_stride`."""
+    """Where a layer's pages are in the peer: block b starts at `base + b * block_stride`.
+
+    The page holds `heads` of the layer's `kv_heads` KV heads, each as one run if `head_major`.
+    """
 
     name: str
     base: int
     block_stride: int
     page_bytes: int
+    heads: int = 0
+    kv_heads: int = 0
+    head_major: bool = False
 
 
 class Hello(msgspec.Struct, frozen=True):
@@ -37,6 +43,7 @@ class Hello(msgspec.Struct, frozen=True):
     compatibility: dict[str, str]
     layers: list[RemoteLayer]
     probe_address: int
+    tp_size: int = 1
     attempt: int = 0
 
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
+    from rdma_kv_cache.connector.heads import Slice
     from rdma_kv_cache.connector.layout import KVLayout
     from rdma_kv_cache.connector.metadata import PrefillChunk, PrefillEnd
     from rdma_kv_cache.connector.peers import Peer
@@ -21,16 +22,6 @@ if TYPE_CHECKING:
 
 NULL_BLOCK = 0
 """vLLM's block 0 stands for 'no block' (out of the attention window)."""
-
-
-@dataclass(frozen=True)
-class Target:
-    """Where decode wants the pages: per group, blocks for the last pages of the prompt."""
-
-    peer: Peer
-    epoch: int
-    first_page: tuple[int, ...]
-    blocks: tuple[Int64s, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,20 +42,20 @@ class PageWrites:
 class _Pages:
     """A run of pages of one group, for every layer of it alike: offsets from the layers' bases."""
 
-    key: tuple[int, ...]
+    key: tuple[int, int, int, int, Slice]
     source: Int64s
     destination: Int64s
     nbytes: Int64s
     total_bytes: int
 
 
-@dataclass
+@dataclass(eq=False)
 class Outgoing:
-    """State of one transfer on the prefill side.
+    """State of one request on the prefill side.
 
-    `ready[l]`: tokens whose KV of layer l is final once the engine has reached `marks[l]`;
-    `sent[l]`: pages of layer l already written or not wanted. `closed` means that no write will be
-    posted any more. Times are `time.monotonic()` seconds.
+    `ready[l]`: tokens whose KV of layer l is final once the engine has reached `marks[l]`.
+    `deliveries`, one for each decode rank that registered, are by the native number of the peer.
+    `closed` means that no write will be posted any more. Times are `time.monotonic()` seconds.
     """
 
     req_id: str
@@ -72,35 +63,27 @@ class Outgoing:
     prompt_tokens: int
     layout: KVLayout
     blocks: list[Int64s] = field(default_factory=list)
-    target: Target | None = None
-    in_flight: set[int] = field(default_factory=set)
+    deliveries: dict[int, Delivery] = field(default_factory=dict)
     end: PrefillEnd | None = None
-    signalled: bool = False
     closed: bool = False
-    refusal: str | None = None
-    cancelled_epoch: int | None = None
     lease_until: float = 0.0
-    pages_posted: int = 0
     launched_at: float = 0.0
     computed_at: float | None = None
-    target_at: float = 0.0
     busy_s: float = 0.0
 
     def __post_init__(self) -> None:
         count = len(self.layout.layers)
         groups = range(len(self.layout.block_tokens))
-        self.ready, self.sent, self.marks = [0] * count, [0] * count, [0] * count
-        self._totals = [self.layout.pages(g, self.prompt_tokens) for g in groups]
+        self.ready, self.marks = [0] * count, [0] * count
+        self.totals = [self.layout.pages(g, self.prompt_tokens) for g in groups]
         self._layers_computed = 0
-        self._layers_sent = 0
-        # The same pages are asked for of one layer after the other, on vLLM's forward thread.
-        self._pages: dict[int, _Pages] = {}
         self._moving: set[int] = set()
         self._moving_since = 0.0
 
     def add_chunk(self, chunk: PrefillChunk) -> None:
         """Take in a step's blocks, which are appended unless the request (re)started."""
-        self._pages.clear()
+        for delivery in self.deliveries.values():
+            delivery.forget_pages()
         if chunk.restart:
             self.blocks = [np.array(ids, dtype=np.int64) for ids in chunk.block_ids]
             return
@@ -128,52 +111,33 @@ class Outgoing:
         Pages that were sent stay sent: they hold the same tokens' KV.
         """
         self.blocks = []
-        self._pages.clear()
         self.ready = [0] * len(self.ready)
         self._layers_computed = 0
         self.computed_at = None
 
-    def set_target(self, peer: Peer, epoch: int, block_ids: list[list[int]], now: float) -> None:
-        """Decode asks for its last pages. Raises ValueError if the page counts cannot match."""
-        totals = self._totals
-        if len(block_ids) != len(totals) or any(
-            len(ids) > total for ids, total in zip(block_ids, totals, strict=True)
+    def add_target(
+        self, peer: Peer, epoch: int, block_ids: list[list[int]], now: float
+    ) -> Delivery:
+        """A decode rank asks for its last pages. Raises ValueError if the counts cannot match."""
+        if len(block_ids) != len(self.totals) or any(
+            len(ids) > total for ids, total in zip(block_ids, self.totals, strict=True)
         ):
             raise ValueError(
                 f"REGISTER names {[len(ids) for ids in block_ids]} blocks, the prompt of "
-                f"{self.prompt_tokens} tokens has {totals} pages here: another prompt or tokenizer"
+                f"{self.prompt_tokens} tokens has {self.totals} pages here: another prompt or "
+                "tokenizer"
             )
-        first = tuple(t - len(ids) for t, ids in zip(totals, block_ids, strict=True))
-        blocks = tuple(np.array(ids, dtype=np.int64) for ids in block_ids)
-        self.target, self.target_at = Target(peer, epoch, first, blocks), now
-        self._pages.clear()
-        self._layers_sent = 0
-        for index, layer in enumerate(self.layout.layers):
-            self.sent[index] = first[layer.group]
-            self._layers_sent += first[layer.group] >= totals[layer.group]
+        delivery = Delivery(self, peer, epoch, block_ids, now)
+        self.deliveries[peer.native] = delivery
+        return delivery
 
-    def take_writes(
-        self, layers: Iterable[int], reached: Callable[[int], bool]
-    ) -> list[PageWrites]:
-        """Page copies of these layers that have become possible; they then count as sent.
+    def all_registered(self) -> bool:
+        """Whether every decode rank that this rank has something for has registered."""
+        return any(len(self.deliveries) >= d.peer.fan_out for d in self.deliveries.values())
 
-        One item for all layers whose marks are reached, then one for each other layer: marks of
-        different streams cannot be compared. Raises ValueError if decode wants a page that is not
-        held here any more.
-        """
-        if self.target is None or self.closed:
-            return []
-        parts = [p for index in layers if (p := self._layer_writes(self.target, index))]
-        self.pages_posted += sum(len(part.nbytes) for part in parts)
-        if len(parts) < 2:
-            return parts
-        final = [part for part in parts if part.after == 0 or reached(part.after)]
-        gated = [part for part in parts if part not in final] if len(final) < len(parts) else []
-        return [_join(final), *gated] if final else gated
-
-    def all_sent(self) -> bool:
-        """True if every page of every layer was posted."""
-        return self.target is not None and self._layers_sent == len(self.sent)
+    def is_in_flight(self) -> bool:
+        """Whether a posted write is not acknowledged: it reads our blocks."""
+        return any(delivery.in_flight for delivery in self.deliveries.values())
 
     def write_began(self, write_id: int, now: float) -> None:
         """The bytes of a posted write can flow: what they wait for is computed."""
@@ -187,46 +151,109 @@ class Outgoing:
         One that was never seen to begin took less than the time between two looks at the GPU, and
         adds nothing to `busy_s`.
         """
-        self.in_flight.discard(write_id)
         if write_id in self._moving:
             self._moving.discard(write_id)
             if not self._moving:
                 self.busy_s += now - self._moving_since
 
-    def _layer_writes(self, target: Target, index: int) -> PageWrites | None:
-        layer = self.layout.layers[index]
-        group = layer.group
-        begin = self.sent[index]
-        end = self.layout.final_pages(group, self.ready[index], self.prompt_tokens)
-        if end <= begin:
+
+class Delivery:
+    """What one decode rank gets of an Outgoing.
+
+    `epoch` names its REGISTER; `sent[l]`: pages of layer l already written or not wanted. `refusal`
+    and `cancelled` are what is to be answered once nothing is in flight.
+    """
+
+    def __init__(
+        self, out: Outgoing, peer: Peer, epoch: int, block_ids: list[list[int]], now: float
+    ) -> None:
+        self.out = out
+        self.peer = peer
+        self.epoch = epoch
+        self.registered_at = now
+        self.in_flight: set[int] = set()
+        self.signalled = False
+        self.delivered = False
+        self.refusal: str | None = None
+        self.cancelled = False
+        self.pages_posted = 0
+        layers = out.layout.layers
+        self._first_page = [t - len(ids) for t, ids in zip(out.totals, block_ids, strict=True)]
+        self._blocks = [np.array(ids, dtype=np.int64) for ids in block_ids]
+        self._totals = [
+            0 if cut is None else out.totals[layer.group]
+            for layer, cut in zip(layers, peer.slices, strict=True)
+        ]
+        self.sent = [self._first_page[layer.group] for layer in layers]
+        self._layers_left = sum(s < t for s, t in zip(self.sent, self._totals, strict=True))
+        # The same pages are asked for of one layer after the other, on vLLM's forward thread.
+        self._pages: dict[int, _Pages] = {}
+
+    def forget_pages(self) -> None:
+        """The request's blocks have changed."""
+        self._pages.clear()
+
+    def all_sent(self) -> bool:
+        """True if every page of every layer was posted."""
+        return self._layers_left == 0
+
+    def take_writes(
+        self, layers: Iterable[int], reached: Callable[[int], bool]
+    ) -> list[PageWrites]:
+        """Page copies of these layers that have become possible; they then count as sent.
+
+        One item for all layers whose marks are reached, then one for each other layer: marks of
+        different streams cannot be compared. Raises ValueError if decode wants a page that is not
+        held here any more.
+        """
+        if self.out.closed or self.signalled:
+            return []
+        parts = [part for index in layers if (part := self._layer_writes(index))]
+        self.pages_posted += sum(len(part.nbytes) for part in parts)
+        if len(parts) < 2:
+            return parts
+        final = [part for part in parts if part.after == 0 or reached(part.after)]
+        gated = [part for part in parts if part not in final] if len(final) < len(parts) else []
+        return [_join(final), *gated] if final else gated
+
+    def _layer_writes(self, index: int) -> PageWrites | None:
+        layer, cut = self.out.layout.layers[index], self.peer.slices[index]
+        group, begin = layer.group, self.sent[index]
+        end = self.out.layout.final_pages(group, self.out.ready[index], self.out.prompt_tokens)
+        if cut is None or end <= begin:
             return None
         self.sent[index] = end
-        self._layers_sent += end >= self._totals[group]
-        assert target.peer.remote is not None
-        remote = target.peer.remote.layers[index]
-        key = (begin, end, layer.block_stride, remote.block_stride, layer.page_bytes)
+        self._layers_left -= end >= self._totals[index]
+        assert self.peer.remote is not None
+        remote = self.peer.remote.layers[index]
+        key = (begin, end, layer.block_stride, remote.block_stride, cut)
         pages = self._pages.get(group)
         if pages is None or pages.key != key:
-            pages = self._pages[group] = self._find_pages(target, group, key)
+            pages = self._pages[group] = self._find_pages(group, key)
         return PageWrites(
             layer.base + pages.source,
             remote.base + pages.destination,
             pages.nbytes,
-            self.marks[index],
+            self.out.marks[index],
             pages.total_bytes,
         )
 
-    def _find_pages(self, target: Target, group: int, key: tuple[int, ...]) -> _Pages:
-        begin, end, stride_here, stride_there, page_bytes = key
-        first = target.first_page[group]
-        here = self.blocks[group][begin:end]
-        there = target.blocks[group][begin - first : end - first]
+    def _find_pages(self, group: int, key: tuple[int, int, int, int, Slice]) -> _Pages:
+        begin, end, stride_here, stride_there, cut = key
+        first = self._first_page[group]
+        here = self.out.blocks[group][begin:end]
+        there = self._blocks[group][begin - first : end - first]
         wanted = there != NULL_BLOCK
         if (here[wanted] == NULL_BLOCK).any():
             raise ValueError("decode asks for pages that have left the attention window here")
         here, there = here[wanted], there[wanted]
-        nbytes = np.full(len(here), page_bytes, dtype=np.int64)
-        return _Pages(key, here * stride_here, there * stride_there, nbytes, page_bytes * len(here))
+        return _Pages(
+            key,
+            here * stride_here + cut.source,
+            there * stride_there + cut.target,
+            np.full(len(here), cut.nbytes, dtype=np.int64),
+            cut.nbytes * len(here),
+        )
 
 
 def _join(parts: list[PageWrites]) -> PageWrites:

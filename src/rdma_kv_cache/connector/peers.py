@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import secrets
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from rdma_kv_cache import _native
 from rdma_kv_cache.connector.compatibility import first_difference
+from rdma_kv_cache.connector.heads import slices, source_ranks, target_ranks
 from rdma_kv_cache.connector.log import get_logger
 from rdma_kv_cache.connector.messages import PROBE_IMM, Hello, Probe, ProbeResult
 from rdma_kv_cache.protocol.bootstrap import Bundle, PathInfo, PeerState, WorkerId
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
+    from rdma_kv_cache.connector.heads import Slice
     from rdma_kv_cache.connector.memory import KVMemory, Page
     from rdma_kv_cache.connector.messages import PeerMessage, RemoteLayer
     from rdma_kv_cache.protocol.bootstrap import FromWorker
@@ -40,7 +42,11 @@ RECONNECT_MAX_S = 15.0
 
 @dataclass
 class Peer:
-    """One worker of the other role, and the endpoint that leads to it."""
+    """One worker of the other role, and the endpoint that leads to it.
+
+    `slices[l]`: what goes over this connection of each page of layer l (None: nothing).
+    `fan_out`: decode ranks of its engine that this prefill worker has something for.
+    """
 
     worker: WorkerId
     native: int
@@ -48,6 +54,8 @@ class Peer:
     probe: Page
     probe_memory: _native.LocalMemory
     remote: Hello | None = None
+    slices: list[Slice | None] = field(default_factory=list)
+    fan_out: int = 1
     usable: bool = False
     probe_landed: bool = False
     probe_checksum: int | None = None
@@ -59,6 +67,7 @@ class Peers:
     def __init__(
         self,
         me: WorkerId,
+        tp_size: int,
         engine: _native.Engine,
         memory: KVMemory,
         probes: bool,
@@ -66,6 +75,7 @@ class Peers:
         send_to_rank: Callable[[FromWorker], None],
     ) -> None:
         self._me = me
+        self._tp_size = tp_size
         self._engine = engine
         self._memory = memory
         self._probes = probes
@@ -82,6 +92,30 @@ class Peers:
             if (worker.engine, worker.tp_rank) == (engine, tp_rank) and peer.usable:
                 return peer
         return None
+
+    def sources(self, engine: str) -> list[Peer]:
+        """The prefill workers of this engine that have something for this decode worker.
+
+        Raises ValueError naming one without a usable connection.
+        """
+        tp_size = next(
+            (
+                peer.remote.tp_size
+                for worker, peer in self._by_worker.items()
+                if worker.engine == engine and peer.remote is not None
+            ),
+            None,
+        )
+        if tp_size is None:
+            raise ValueError(f"no connection to {engine}")
+        found = []
+        layers = self._describe()[2]
+        for rank in sorted(source_ranks(layers, tp_size, self._tp_size, self._me.tp_rank)):
+            peer = self.find(engine, rank)
+            if peer is None:
+                raise ValueError(f"no connection to {engine}/{rank}")
+            found.append(peer)
+        return found
 
     def by_native(self, native: int) -> Peer | None:
         """The peer with this native number; None after it was closed."""
@@ -148,12 +182,21 @@ class Peers:
             self.close(peer, f"incompatible engines: {difference}")
             return ended
         try:
+            self._divide(peer, hello)
             self._engine.connect(peer.native, hello.endpoint, hello.memory)
         except ValueError as error:
             self.close(peer, str(error))
             return ended
         peer.remote = hello
         return ended
+
+    def _divide(self, peer: Peer, hello: Hello) -> None:
+        """Find what goes over this connection. Raises ValueError if pages cannot be cut so."""
+        here = (self._describe()[2], self._tp_size, self._me.tp_rank)
+        there = (hello.layers, hello.tp_size, peer.worker.tp_rank)
+        prefill, decode = (here, there) if self._probes else (there, here)
+        peer.slices = slices(*prefill, *decode)
+        peer.fan_out = len(target_ranks(hello.layers, prefill[1], decode[1], prefill[2]))
 
     def lost(self, native: int, reason: str) -> Peer | None:
         """The engine lost (and fenced) a connection. Returns the peer that this ended."""
@@ -244,6 +287,7 @@ class Peers:
             compatibility=compatibility,
             layers=layers,
             probe_address=probe.address,
+            tp_size=self._tp_size,
             attempt=attempt,
         )
         self._send_to_rank(Bundle(self._me, worker, encode(hello)))

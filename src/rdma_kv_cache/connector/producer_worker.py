@@ -27,12 +27,12 @@ from rdma_kv_cache.connector.messages import (
 from rdma_kv_cache.connector.outgoing import Outgoing
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from rdma_kv_cache.connector.layout import KVLayout
     from rdma_kv_cache.connector.memory import KVMemory
     from rdma_kv_cache.connector.metadata import PrefillEnd, StepMetadata
-    from rdma_kv_cache.connector.outgoing import PageWrites
+    from rdma_kv_cache.connector.outgoing import Delivery, PageWrites
     from rdma_kv_cache.connector.peers import Peer, Peers
     from rdma_kv_cache.connector.settings import Settings
     from rdma_kv_cache.connector.stats import TransferStats
@@ -66,8 +66,8 @@ class ProducerWorker:
         self._stats = stats
         self._by_request: dict[str, Outgoing] = {}
         self._by_transfer: dict[str, Outgoing] = {}
-        self._by_write: dict[int, Outgoing] = {}
-        self._early: dict[str, tuple[Peer, Register]] = {}
+        self._by_write: dict[int, Delivery] = {}
+        self._early: dict[str, list[tuple[Peer, Register]]] = {}
         self._ended: OrderedDict[str, str] = OrderedDict()
         self._finished: set[str] = set()
         self._step: list[tuple[Outgoing, int]] = []
@@ -112,7 +112,7 @@ class ProducerWorker:
             out.layer_done(index, computed, mark)
             if computed >= out.prompt_tokens and out.is_computed():
                 self._note_computed(out, mark)
-            self._flush(out, (index,))
+            self._flush_all(out, (index,))
 
     def end_step(self) -> None:
         """Completeness sweep: what no layer hook announced (a whole model in one CUDA graph has no
@@ -127,17 +127,17 @@ class ProducerWorker:
                 out.layer_done(index, computed, mark)
             if computed >= out.prompt_tokens:
                 self._note_computed(out, mark)
-            self._flush(out, missing)
+            self._flush_all(out, missing)
         self._step = []
 
     def in_flight(self, req_ids: Iterable[str]) -> bool:
         """True while a write that reads these requests' blocks is not acknowledged."""
-        return any(o.in_flight for r in req_ids if (o := self._by_request.get(r)) is not None)
+        return any(o.is_in_flight() for r in req_ids if (o := self._by_request.get(r)) is not None)
 
     def peers_of(self, req_ids: Iterable[str]) -> list[Peer]:
         """The peers that these requests are sent to."""
         outs = [o for r in req_ids if (o := self._by_request.get(r)) is not None]
-        return [o.target.peer for o in outs if o.target is not None]
+        return [delivery.peer for out in outs for delivery in out.deliveries.values()]
 
     def preempt(self, req_ids: Iterable[str]) -> None:
         """These requests lose their blocks; nothing of them is in flight."""
@@ -164,7 +164,7 @@ class ProducerWorker:
             self._cancel(peer, message)
         elif isinstance(message, Release):
             self._early.pop(message.transfer_id, None)
-            self._drop(message.transfer_id, "decode released it")
+            self._give_up(message.transfer_id, "decode released it")
         else:
             until = time.monotonic() + self._settings.lease_s
             for transfer_id in message.transfer_ids:
@@ -173,32 +173,41 @@ class ProducerWorker:
 
     def on_written(self, write_id: int, ok: bool) -> None:
         """A write was acknowledged, or failed together with its peer."""
-        out = self._by_write.pop(write_id, None)
-        if out is None:
+        delivery = self._by_write.pop(write_id, None)
+        if delivery is None:
             return
+        out = delivery.out
+        delivery.in_flight.discard(write_id)
         out.write_ended(write_id, time.monotonic())
-        if not out.in_flight and ok and not out.closed and out.all_sent():
-            self._delivered(out)
+        if not delivery.in_flight and ok and not out.closed and delivery.all_sent():
+            delivery.delivered = True
+            if out.all_registered() and all(d.delivered for d in out.deliveries.values()):
+                self._delivered(out)
         self._finish_if_done(out)
 
     def on_peer_lost(self, peer: Peer) -> None:
         """The peer is fenced: what was meant for it needs no write any more."""
-        self._early = {t: e for t, e in self._early.items() if e[0] is not peer}
+        for transfer_id, waiting in list(self._early.items()):
+            self._early[transfer_id] = [entry for entry in waiting if entry[0] is not peer]
+            if not self._early[transfer_id]:
+                del self._early[transfer_id]
         for out in list(self._by_transfer.values()):
-            if out.target is not None and out.target.peer is peer:
-                self._drop(out.transfer_id, "its decode engine is gone")
+            delivery = out.deliveries.get(peer.native)
+            if delivery is not None and delivery.peer is peer:
+                self._give_up(out.transfer_id, "its decode engine is gone")
 
     def tick(self, now: float) -> None:
         """Look how far the GPU is, and end leases: blocks are never held for a decode engine that
         does not come."""
         self._look_at_gpu(now)
         for out in list(self._by_transfer.values()):
-            if out.target is None and out.end is not None and out.lease_until <= now:
+            is_asked_for = out.closed or out.all_registered()
+            if not is_asked_for and out.end is not None and out.lease_until <= now:
                 logger.warning(
                     "transfer %s: no REGISTER within the lease of %.0f s, blocks released",
                     out.transfer_id, self._settings.lease_s,
                 )  # fmt: skip
-                self._drop(out.transfer_id, "its lease ran out")
+                self._give_up(out.transfer_id, "its lease ran out")
 
     # The GPU's progress
 
@@ -210,8 +219,8 @@ class ProducerWorker:
     def _look_at_gpu(self, now: float) -> None:
         while self._gated and self._engine.reached(self._gated[0][0]):
             _, write_id = self._gated.popleft()
-            if (out := self._by_write.get(write_id)) is not None:
-                out.write_began(write_id, now)
+            if (delivery := self._by_write.get(write_id)) is not None:
+                delivery.out.write_began(write_id, now)
         while self._launched and self._engine.reached(self._launched[0][0]):
             _, out = self._launched.popleft()
             # It was reached since the last look: exposed time is never shown too small.
@@ -239,10 +248,9 @@ class ProducerWorker:
     def _begin(self, req_id: str, transfer_id: str, prompt_tokens: int) -> Outgoing:
         out = Outgoing(req_id, transfer_id, prompt_tokens, self._layout)
         self._by_request[req_id] = self._by_transfer[transfer_id] = out
-        ended = self._ended.get(transfer_id)
-        if ended is not None:
+        if transfer_id in self._ended:
             out.closed = True
-        elif (early := self._early.pop(transfer_id, None)) is not None:
+        for early in self._early.pop(transfer_id, ()):
             self._register(*early)
         return out
 
@@ -250,7 +258,7 @@ class ProducerWorker:
         out = self._by_transfer.get(message.transfer_id)
         reason = self._ended.get(message.transfer_id)
         if reason is None and out is None:
-            self._early[message.transfer_id] = (peer, message)
+            self._early.setdefault(message.transfer_id, []).append((peer, message))
             return
         if reason is None and out is not None:
             reason = self._aim(out, peer, message)
@@ -259,77 +267,85 @@ class ProducerWorker:
 
     def _aim(self, out: Outgoing, peer: Peer, message: Register) -> str | None:
         """Accept a REGISTER and send what is final already; returns why it is refused."""
-        if out.target is not None:
-            return "another decode engine registered for this transfer first"
+        for other in out.deliveries.values():
+            here, there = other.peer.worker, peer.worker
+            ranks_of_one = (here.engine, here.incarnation) == (there.engine, there.incarnation)
+            if not ranks_of_one or here.tp_rank == there.tp_rank:
+                return "another decode engine registered for this transfer first"
         if out.prompt_tokens != message.prompt_tokens:
             return (
                 f"the prompt has {out.prompt_tokens} tokens here and {message.prompt_tokens} at "
                 "decode: different requests or tokenizers"
             )
         try:
-            out.set_target(peer, message.epoch, message.block_ids, time.monotonic())
+            delivery = out.add_target(peer, message.epoch, message.block_ids, time.monotonic())
         except ValueError as error:
             return str(error)
-        self._flush(out, range(len(self._layout.layers)))
+        self._flush(delivery, range(len(self._layout.layers)))
         return None
 
-    def _flush(self, out: Outgoing, layers: Iterable[int]) -> None:
+    def _flush_all(self, out: Outgoing, layers: Sequence[int]) -> None:
+        for delivery in tuple(out.deliveries.values()):
+            self._flush(delivery, layers)
+
+    def _flush(self, delivery: Delivery, layers: Iterable[int]) -> None:
+        out, peer = delivery.out, delivery.peer
         try:
-            parts = out.take_writes(layers, self._engine.reached)
+            parts = delivery.take_writes(layers, self._engine.reached)
         except ValueError as error:
-            self._refuse(out, str(error))
-            self._finish_if_done(out)
+            self._fail(out, str(error))
             return
         if not parts:
             return
-        assert out.target is not None
-        target = out.target
-        if self._settings.checksum and not all(self._send_checksums(out, w) for w in parts):
+        if self._settings.checksum and not all(self._send_checksums(delivery, w) for w in parts):
             return
-        complete = out.all_sent() and not out.signalled
+        complete = delivery.all_sent()
         try:
             for writes in parts:
                 is_last = complete and writes is parts[-1]
-                self._post(out, target.peer, writes, target.epoch if is_last else None)
-            out.signalled = out.signalled or complete
+                self._post(delivery, writes, delivery.epoch if is_last else None)
+            delivery.signalled = complete
         except ValueError as error:
             # Block ids outside decode's memory: a wrong REGISTER must not end this engine.
-            self._refuse(out, f"write to {target.peer.worker}: {error}")
-            self._finish_if_done(out)
+            self._fail(out, f"write to {peer.worker}: {error}")
         except RuntimeError as error:
             # The peer was lost a moment ago; its PEER_LOST event is still to be read.
             logger.debug("transfer %s: %s", out.transfer_id, error)
 
-    def _post(self, out: Outgoing, peer: Peer, writes: PageWrites, imm: int | None) -> None:
+    def _post(self, delivery: Delivery, writes: PageWrites, imm: int | None) -> None:
         write_id = self._engine.write(
-            peer.native, writes.source, writes.destination, writes.nbytes, imm, writes.after
+            delivery.peer.native,
+            writes.source,
+            writes.destination,
+            writes.nbytes,
+            imm,
+            writes.after,
         )
-        out.in_flight.add(write_id)
-        self._by_write[write_id] = out
+        delivery.in_flight.add(write_id)
+        self._by_write[write_id] = delivery
         if writes.after:
             self._gated.append((writes.after, write_id))
         else:
-            out.write_began(write_id, time.monotonic())
+            delivery.out.write_began(write_id, time.monotonic())
         self._stats.add("bytes", writes.total_bytes)
         self._stats.add("descriptors", len(writes.nbytes))
 
-    def _send_checksums(self, out: Outgoing, writes: PageWrites) -> bool:
+    def _send_checksums(self, delivery: Delivery, writes: PageWrites) -> bool:
         """Tell decode what the pages contain; False if the GPU did not come to compute them."""
-        assert out.target is not None
         if not self._wait_reached(writes.after):
             limit = self._settings.transfer_timeout_s
-            self._refuse(out, f"rdma.checksum: the GPU did not end a layer within {limit:g} s")
-            self._finish_if_done(out)
+            reason = f"rdma.checksum: the GPU did not end a layer within {limit:g} s"
+            self._fail(delivery.out, reason)
             return False
         sums = _native.checksum(writes.source, writes.nbytes, self._memory.kind)
         message = Checksums(
-            epoch=out.target.epoch,
+            epoch=delivery.epoch,
             addresses=writes.destination.tobytes(),
             sizes=writes.nbytes.tobytes(),
             sums=sums.tobytes(),
-            total_pages=out.pages_posted if out.all_sent() else 0,
+            total_pages=delivery.pages_posted if delivery.all_sent() else 0,
         )
-        self._peers.send(out.target.peer, message)
+        self._peers.send(delivery.peer, message)
         return True
 
     def _delivered(self, out: Outgoing) -> None:
@@ -337,7 +353,8 @@ class ProducerWorker:
         if out.computed_at is None:
             # Its last write is acknowledged, so it was computed since the last look.
             out.computed_at = max(self._looked_at, out.launched_at)
-        visible_from = max(out.target_at, out.computed_at)
+        registered_at = max(delivery.registered_at for delivery in out.deliveries.values())
+        visible_from = max(registered_at, out.computed_at)
         self._stats.add("transfers", 1)
         self._stats.add("busy_seconds", out.busy_s)
         self._stats.add("exposed_seconds", min(out.busy_s, max(0.0, now - visible_from)))
@@ -350,41 +367,51 @@ class ProducerWorker:
             return
         out.end = end
         out.lease_until = time.monotonic() + self._settings.lease_s
-        if not end.complete:
-            self._refuse(out, "prefill was aborted")
-        self._finish_if_done(out)
+        if not end.complete and not out.closed:
+            self._fail(out, "prefill was aborted")
+        else:
+            self._finish_if_done(out)
 
     def _refuse_unknown(self, end: PrefillEnd) -> None:
         """A request that never ran: whoever waits for it must not wait for the deadline."""
         self._remember(end.transfer_id, "prefill was aborted")
-        early = self._early.pop(end.transfer_id, None)
-        if early is not None:
-            self._peers.send(early[0], Refused(early[1].epoch, "prefill was aborted"))
-
-    def _refuse(self, out: Outgoing, reason: str) -> None:
-        if not out.closed:
-            out.refusal = reason
-            self._close(out, reason)
+        for peer, register in self._early.pop(end.transfer_id, ()):
+            self._peers.send(peer, Refused(register.epoch, "prefill was aborted"))
 
     def _cancel(self, peer: Peer, message: Cancel) -> None:
-        self._early.pop(message.transfer_id, None)
+        waiting = self._early.pop(message.transfer_id, [])
         out = self._by_transfer.get(message.transfer_id)
-        if out is None or out.target is None or out.target.epoch != message.epoch:
-            self._remember(message.transfer_id, "decode cancelled it")
-            self._peers.send(peer, Cancelled(message.epoch))
-            if out is not None and out.target is None:
-                self._close(out, "decode cancelled it")
-                self._finish_if_done(out)
+        delivery = None if out is None else out.deliveries.get(peer.native)
+        if delivery is not None and delivery.epoch == message.epoch:
+            delivery.cancelled = True
+            self._give_up(message.transfer_id, "decode cancelled it")
             return
-        out.cancelled_epoch = message.epoch
-        self._close(out, "decode cancelled it")
-        self._finish_if_done(out)
+        self._peers.send(peer, Cancelled(message.epoch))
+        self._remember(message.transfer_id, "decode cancelled it")
+        for other, register in waiting:
+            if other is not peer:
+                self._peers.send(other, Refused(register.epoch, "decode cancelled it"))
+        if delivery is None:
+            self._give_up(message.transfer_id, "decode cancelled it")
 
-    def _drop(self, transfer_id: str, reason: str) -> None:
+    def _fail(self, out: Outgoing, reason: str) -> None:
+        """This engine cannot give the KV: whoever registered for it must know."""
+        if out.deliveries and not out.closed:
+            self._stats.add("transfers_failed", 1)
+        self._give_up(out.transfer_id, reason)
+
+    def _give_up(self, transfer_id: str, reason: str) -> None:
+        """End the transfer for all decode ranks: a request that misses the heads of one rank is
+        computed anew."""
         self._remember(transfer_id, reason)
-        if (out := self._by_transfer.get(transfer_id)) is not None:
-            self._close(out, reason)
-            self._finish_if_done(out)
+        out = self._by_transfer.get(transfer_id)
+        if out is None:
+            return
+        if not out.closed:
+            for delivery in out.deliveries.values():
+                delivery.refusal = None if delivery.cancelled else reason
+        self._close(out, reason)
+        self._finish_if_done(out)
 
     def _close(self, out: Outgoing, reason: str) -> None:
         out.closed = True
@@ -392,19 +419,22 @@ class ProducerWorker:
 
     def _finish_if_done(self, out: Outgoing) -> None:
         """Answer and let go, once nothing is posted or in flight for this transfer."""
-        if not out.closed or out.in_flight:
+        if not out.closed:
             return
-        if out.target is not None and out.refusal is not None:
-            self._stats.add("transfers_failed", 1)
-            self._peers.send(out.target.peer, Refused(out.target.epoch, out.refusal))
-            out.refusal = None
-        if out.target is not None and out.cancelled_epoch is not None:
-            self._peers.send(out.target.peer, Cancelled(out.cancelled_epoch))
-            out.cancelled_epoch = None
-        if out.end is not None:
-            del self._by_request[out.req_id]
+        for delivery in out.deliveries.values():
+            if not delivery.in_flight:
+                self._answer(delivery)
+        if out.end is not None and not out.is_in_flight():
             self._by_transfer.pop(out.transfer_id, None)
-            self._finished.add(out.req_id)
+            if self._by_request.pop(out.req_id, None) is not None:
+                self._finished.add(out.req_id)
+
+    def _answer(self, delivery: Delivery) -> None:
+        if delivery.cancelled:
+            self._peers.send(delivery.peer, Cancelled(delivery.epoch))
+        elif delivery.refusal is not None:
+            self._peers.send(delivery.peer, Refused(delivery.epoch, delivery.refusal))
+        delivery.cancelled, delivery.refusal = False, None
 
     def _remember(self, transfer_id: str, reason: str) -> None:
         self._ended[transfer_id] = reason

@@ -161,13 +161,16 @@ class RDMAConnector(KVConnectorBase_V1, _Hybrid):
                 "RDMAConnector: with micro-batches (--enable-dbo) a layer hook comes before all "
                 "tokens of the layer are computed; start the prefill engines without them"
             )
-        layout = KVLayout.from_tensors(kv_caches, self._kv_cache_config)
+        model, tp_size = self._vllm_config.model_config, int(parallel.tensor_parallel_size)
+        kv_heads = 1 if model.use_mla else int(model.get_total_num_kv_heads())
+        layout = KVLayout.from_tensors(kv_caches, self._kv_cache_config, tp_size, kv_heads)
         device = next(iter(kv_caches.values())).device
         self._worker = ConnectorWorker(
             self._settings,
             layout,
             describe(self._vllm_config, layout),
             tp_rank=int(get_tensor_model_parallel_rank()),
+            tp_size=tp_size,
             memory=HostMemory() if device.type == "cpu" else CudaMemory(device),
             produces=transfer.is_kv_producer,
             consumes=transfer.is_kv_consumer,

@@ -70,6 +70,7 @@ class ConnectorWorker:
         compatibility: dict[str, str],
         *,
         tp_rank: int = 0,
+        tp_size: int = 1,
         memory: KVMemory | None = None,
         produces: bool,
         consumes: bool,
@@ -98,7 +99,7 @@ class ConnectorWorker:
             settings.bootstrap_socket, settings.connect_timeout_s, self._on_bootstrap
         )
         self._peers = Peers(
-            self._me, self._engine, memory, produces, self._describe, self._link.send
+            self._me, tp_size, self._engine, memory, produces, self._describe, self._link.send
         )
         self._producer = self._consumer = None
         if produces:
@@ -107,7 +108,7 @@ class ConnectorWorker:
             )
         if consumes:
             self._consumer = ConsumerWorker(
-                self._peers, memory, layout, settings, self._stats, tp_rank, self._fence
+                self._peers, memory, layout, settings, self._stats, self._fence
             )
         self._thread = threading.Thread(target=self._progress, name="rkv-connector", daemon=True)
         self._thread.start()
