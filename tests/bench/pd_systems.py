@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 REPORT_LIMIT_S = 4.0
 """Longest wait for an engine's counters, which reach /metrics with its next steps."""
+ASK_LIMIT_S = 60.0
+"""Longest request; NIXL with its defaults takes 13 s for 32,000 tokens."""
 
 
 @dataclass
@@ -250,7 +252,7 @@ async def measure(
         for tokens in lengths:
             for system in systems if number % 2 else reversed(systems):
                 samples = results[system.name, tokens] if number else Samples()
-                await system.ask(prompt(tokens), samples)
+                await asyncio.wait_for(system.ask(prompt(tokens), samples), ASK_LIMIT_S)
         if after_round is not None:
             after_round(number, results)
     return results

@@ -77,6 +77,8 @@ def kv_transfer_config(job: JobConfig, spec: EngineSpec) -> dict[str, Any]:
             "lease_s": rdma.lease_s,
             "checksum": rdma.checksum,
             "piecewise_graphs": spec.role == "prefill",
+            "link": rdma.link,
+            "trace_file": rdma.trace_file,
         },
     }
 

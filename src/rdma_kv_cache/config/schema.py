@@ -152,6 +152,17 @@ class RdmaConfig(Section):
         default=30.0, description="How long prefill keeps blocks that no decode engine asked for, s"
     )
     checksum: bool = Field(default=False, description="Verify every page on arrival (slower)")
+    link: str = Field(
+        default="",
+        pattern=r"^(\d+(\.\d+)?[MG]B/s(\+\d+(\.\d+)?us)?)?$",
+        description="For measurements: pace the transfers to each engine as a link of this rate "
+        "(and latency) would, e.g. 25GB/s+5us",
+    )
+    trace_file: str = Field(
+        default="",
+        description="For measurements: each prefill worker appends a line of JSON per write to "
+        "this file",
+    )
     load_failure_policy: Literal["recompute", "fail"] = Field(
         default="recompute", description="What decode does when KV does not arrive"
     )

@@ -36,6 +36,8 @@ class Settings:
     lease_s: float = 30.0
     checksum: bool = False
     piecewise_graphs: bool = False
+    link: str = ""
+    trace_file: str = ""
 
     @classmethod
     def from_kv_transfer_config(cls, config: Any) -> Settings:

@@ -310,4 +310,5 @@ def _engine_config(settings: Settings, near: str) -> _native.EngineConfig:
         qps_per_peer=settings.qps_per_peer,
         peer_timeout_s=settings.peer_timeout_s,
         connect_timeout_s=settings.connect_timeout_s,
+        link=settings.link,
     )
