@@ -6,7 +6,7 @@ import collections.abc
 import numpy
 import numpy.typing
 import typing
-__all__: list[str] = ['BackendInfo', 'Endpoint', 'Engine', 'EngineConfig', 'Event', 'EventKind', 'LocalMemory', 'checksum', 'numa_node', 'probe_backends']
+__all__: list[str] = ['BackendInfo', 'Endpoint', 'Engine', 'EngineConfig', 'Event', 'EventKind', 'LocalMemory', 'Path', 'checksum', 'numa_node', 'probe_backends']
 class EngineConfig:
     """
     Immutable settings of an Engine.
@@ -207,6 +207,25 @@ class BackendInfo:
     @property
     def usable(self) -> bool:
         ...
+class Path:
+    """
+    The way to a peer.
+    """
+    @property
+    def backend(self) -> str:
+        """
+        'verbs', 'cuda_ipc' or 'tcp'.
+        """
+    @property
+    def description(self) -> str:
+        """
+        For people.
+        """
+    @property
+    def warning(self) -> str:
+        """
+        Why it is slower than the hardware allows and what to do; empty if it is not.
+        """
 class LocalMemory:
     """
     Registered memory; see Engine.register_memory().
@@ -270,6 +289,16 @@ class Engine:
         """
         One endpoint for one peer. `label`, such as 'decode-0/0', only names it in texts.
         """
+    def mark(self, stream: typing.SupportsInt | typing.SupportsIndex) -> int:
+        """
+        A mark (> 0) behind all work that a CUDA stream was given by now.
+        
+        `stream` is the raw handle, as torch.cuda.current_stream().cuda_stream. Takes the stream one small memory operation. Raises RuntimeError without a GPU.
+        """
+    def peer_path(self, peer: typing.SupportsInt | typing.SupportsIndex) -> Path:
+        """
+        The way to a connected peer. Raises ValueError for a closed one, RuntimeError for one that is not connected.
+        """
     def peer_stats(self, peer: typing.SupportsInt | typing.SupportsIndex) -> dict[str, int | float]:
         """
         Counters of one peer. Raises ValueError for a closed one.
@@ -277,6 +306,10 @@ class Engine:
     def poll(self, max_events: typing.SupportsInt | typing.SupportsIndex = 256) -> list[Event]:
         """
         The oldest events, at most `max_events`, without blocking.
+        """
+    def reached(self, mark: typing.SupportsInt | typing.SupportsIndex) -> bool:
+        """
+        Whether the stream has come to the mark. No call of the driver.
         """
     def register_memory(self, ptr: typing.SupportsInt | typing.SupportsIndex, nbytes: typing.SupportsInt | typing.SupportsIndex, kind: str = 'host', peer_writable: bool = True) -> LocalMemory:
         """
@@ -300,11 +333,11 @@ class Engine:
         """
         True as soon as an event is queued, False after `timeout_s` seconds without one.
         """
-    def write(self, peer: typing.SupportsInt | typing.SupportsIndex, src: numpy.typing.NDArray[numpy.int64], dst: numpy.typing.NDArray[numpy.int64], nbytes: numpy.typing.NDArray[numpy.int64], imm: typing.SupportsInt | typing.SupportsIndex | None = None) -> int:
+    def write(self, peer: typing.SupportsInt | typing.SupportsIndex, src: numpy.typing.NDArray[numpy.int64], dst: numpy.typing.NDArray[numpy.int64], nbytes: numpy.typing.NDArray[numpy.int64], imm: typing.SupportsInt | typing.SupportsIndex | None = None, after: typing.SupportsInt | typing.SupportsIndex = 0) -> int:
         """
         Queues one transfer of n ranges and returns its id (> 0).
         
-        Three int64 arrays of shape (n,), C-contiguous: local addresses, addresses at the peer, bytes. Adjacent rows are joined, long runs sliced to block_size. Never blocks and never fails for want of room; ends in exactly one TRANSFER_DONE or TRANSFER_FAILED, until when the source bytes must not change. Raises ValueError naming the first row outside registered memory, RuntimeError when the peer is lost or connect() was not called.
+        Three int64 arrays of shape (n,), C-contiguous: local addresses, addresses at the peer, bytes. Adjacent rows are joined, long runs sliced to block_size. Never blocks and never fails for want of room; ends in exactly one TRANSFER_DONE or TRANSFER_FAILED, until when the source bytes must not change. They are read once the mark `after` is reached. Raises ValueError naming the first row outside registered memory, RuntimeError when the peer is lost or connect() was not called.
         """
     @property
     def backend(self) -> str:
@@ -317,11 +350,11 @@ class Engine:
     @property
     def incarnation(self) -> int:
         ...
-def checksum(addresses: numpy.typing.NDArray[numpy.int64], nbytes: numpy.typing.NDArray[numpy.int64]) -> numpy.typing.NDArray[numpy.uint64]:
+def checksum(addresses: numpy.typing.NDArray[numpy.int64], nbytes: numpy.typing.NDArray[numpy.int64], kind: str = 'host') -> numpy.typing.NDArray[numpy.uint64]:
     """
-    XXH64 (seed 0) of each range of this process's memory.
+    XXH64 (seed 0) of each range of this process's memory, which is 'host' or 'cuda'.
     
-    Two int64 arrays of shape (n,): addresses and bytes; returns uint64 of shape (n,). The memory must be mapped: addresses are not checked.
+    Two int64 arrays of shape (n,): addresses and bytes; returns uint64 of shape (n,). The memory must be mapped: host addresses are not checked. GPU memory is read without waiting for any stream. Raises RuntimeError with the driver's error.
     """
 def numa_node(address: typing.SupportsInt | typing.SupportsIndex) -> int:
     """
