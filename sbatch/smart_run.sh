@@ -72,7 +72,7 @@ fi
 [ -n "${SLURM_JOB_ID:-}" ] || bad "not in a job of Slurm: sbatch or salloc it, or give --local"
 
 if [ -z "$per_node" ]; then
-  width=$("$rdma_kv" config "$config" | awk '$1 == "tensor_parallel_size:" { print $2 }')
+  width=$("$rdma_kv" config "$config" | awk '$1 == "tensor_parallel_size:" { print $2; exit }')
   gpus=${SLURM_GPUS_ON_NODE:-0}
   [ "$gpus" -eq 0 ] || [ "$gpus" -ge "$width" ] ||
     bad "an engine wants $width GPUs (model.tensor_parallel_size), and a node has $gpus"

@@ -12,11 +12,11 @@ from rdma_kv_cache.protocol.bootstrap import EngineHello
 NOWHERE = Path("/nonexistent")
 
 
-def hellos(*hosts: str) -> list[EngineHello]:
+def hellos(*hosts: str, tp_size: int = 2) -> list[EngineHello]:
     """The orchestrator and prefill engines on the first host, the last engine is decode."""
     roles = ["orchestrator", *["prefill"] * (len(hosts) - 2), "decode"]
     return [
-        EngineHello(f"{r}-{i}", r, h, i, 1)
+        EngineHello(f"{r}-{i}", r, h, i, tp_size)
         for i, (r, h) in enumerate(zip(roles, hosts, strict=True))
     ]
 
@@ -36,8 +36,17 @@ def test_engines_of_a_host_share_its_gpus_in_rank_order() -> None:
 
 def test_too_few_gpus_are_named() -> None:
     world = hellos("p0", "p0", "p0", "d0")
-    with pytest.raises(JobError, match=r"host p0 has 2 GPU.*prefill-1, prefill-2 need 4"):
+    with pytest.raises(
+        JobError, match=r"host p0 has 2 GPU.*need 4: prefill-1 \(2\), prefill-2 \(2\)"
+    ):
         gpus_of_engine(world[1], world, job(), ["0", "1"])
+
+
+def test_engines_of_two_tp_sizes_share_a_host() -> None:
+    world = hellos("n0", "n0", "n0")
+    world[2] = EngineHello("decode-2", "decode", "n0", 2, 1)
+    found = [gpus_of_engine(hello, world, job(), ["0", "1", "2"]) for hello in world[1:]]
+    assert found == [["0", "1"], ["2"]]
 
 
 def test_no_choice_without_gpus_or_where_the_job_chooses() -> None:

@@ -56,6 +56,7 @@ prefill:
   nodes: 1
   constraint: a100
   gres: gpu:a100:2
+  tensor_parallel_size: null
   vllm_args: []
   env: {}
 decode:
@@ -63,6 +64,7 @@ decode:
   nodes: 2
   constraint: h100&ib
   gres: gpu:h100:2
+  tensor_parallel_size: null
   vllm_args: []
   env: {}
 rdma:

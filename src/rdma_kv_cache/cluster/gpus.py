@@ -44,17 +44,19 @@ def gpus_of_engine(
     role: Role = "prefill" if hello.role == "prefill" else "decode"
     if not visible or VARIABLE in job.group(role).env:
         return []
-    here = [h.engine for h in hellos if h.host == hello.host and h.role in ("prefill", "decode")]
-    each = job.model.tensor_parallel_size
-    if len(here) * each > len(visible):
+    here = [h for h in hellos if h.host == hello.host and h.role in ("prefill", "decode")]
+    needed = sum(h.tp_size for h in here)
+    if needed > len(visible):
+        each = ", ".join(f"{h.engine} ({h.tp_size})" for h in here)
         message = (
             f"host {hello.host} has {len(visible)} GPU(s) for this job ({','.join(visible)}), but "
-            f"its engines {', '.join(here)} need {len(here) * each} ({each} each)"
+            f"its engines need {needed}: {each}"
         )
         remedy = (
             "Ask for more GPUs (gres) or nodes, fewer engines or a smaller tensor_parallel_size; "
             f"engines that shall share a GPU name it themselves (env: {{{VARIABLE}: ...}})"
         )
         raise JobError([Problem("GPUs", "", message, remedy)])
-    first = here.index(hello.engine) * each
-    return list(visible[first : first + each])
+    before = here[: [h.engine for h in here].index(hello.engine)]
+    first = sum(h.tp_size for h in before)
+    return list(visible[first : first + hello.tp_size])

@@ -33,6 +33,13 @@ def place_of(rank: int, job: JobConfig) -> Place:
     return Place("decode", job.engine_names("decode")[rank - 1 - job.prefill.engines])
 
 
+def tp_size_of(place: Place, job: JobConfig) -> int:
+    """Return the TP ranks of the engine at `place`; 1 for the orchestrator, which has none."""
+    if place.role == ORCHESTRATOR:
+        return 1
+    return job.tp_size("prefill" if place.role == "prefill" else "decode")
+
+
 def new_incarnation() -> int:
     """Return a random non-zero number for one life of an engine.
 

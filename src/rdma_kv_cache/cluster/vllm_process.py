@@ -91,7 +91,7 @@ def vllm_command(job: JobConfig, spec: EngineSpec) -> list[str]:
         *("--model", model.name, "--served-model-name", *served_names(model.name)),
         *("--host", spec.host, "--port", str(spec.port)),
         *("--max-model-len", str(model.max_model_len)),
-        *("--tensor-parallel-size", str(model.tensor_parallel_size)),
+        *("--tensor-parallel-size", str(job.tp_size(spec.role))),
         *("--dtype", model.dtype),
         *("--gpu-memory-utilization", str(model.gpu_memory_utilization)),
     ]

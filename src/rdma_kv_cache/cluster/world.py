@@ -25,6 +25,7 @@ from rdma_kv_cache.cluster.roles import (
     RankRole,
     new_incarnation,
     place_of,
+    tp_size_of,
 )
 from rdma_kv_cache.config import JobError, Problem
 from rdma_kv_cache.protocol.bootstrap import EngineHello
@@ -173,7 +174,7 @@ def join(job: JobConfig) -> World:
         role=place.role,
         host=socket.gethostname(),
         incarnation=new_incarnation(),
-        tp_size=job.model.tensor_parallel_size,
+        tp_size=tp_size_of(place, job),
     )
     slots = bytearray(HELLO_SLOT_BYTES * comm.size)
     mine = _slot(sign(hello, world.secret), HELLO_SLOT_BYTES)
@@ -263,7 +264,7 @@ def _read_hellos(slots: bytearray, world: World, job: JobConfig) -> list[EngineH
 
 def _check_hello(rank: int, hello: EngineHello, job: JobConfig) -> None:
     place = place_of(rank, job)
-    expected = (place.engine, place.role, job.model.tensor_parallel_size)
+    expected = (place.engine, place.role, tp_size_of(place, job))
     found = (hello.engine, hello.role, hello.tp_size)
     if found != expected:
         message = (

@@ -71,7 +71,7 @@ class ModelConfig(Section):
         default=1,
         ge=1,
         le=1024,
-        description="GPUs (TP ranks) of one engine, the same for all engines",
+        description="GPUs (TP ranks) of one engine",
     )
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         default="auto", description="Type of weights and KV cache"
@@ -90,6 +90,12 @@ class EngineGroup(Section):
     )
     constraint: str | None = Field(default=None, description="Slurm --constraint of these nodes")
     gres: str | None = Field(default=None, description="Slurm --gres of one node, e.g. gpu:4")
+    tensor_parallel_size: int | None = Field(
+        default=None,
+        ge=1,
+        le=1024,
+        description="GPUs of one of these engines; null takes the model's",
+    )
     vllm_args: Texts = Field(default=(), description="Further arguments for these engines' vLLM")
     env: Mapping[str, Text] = Field(
         default_factory=dict, description="Environment variables of these engines' vLLM"
@@ -291,6 +297,10 @@ class JobConfig(Section):
     def group(self, role: Role) -> EngineGroup:
         """Return the engine group of `role`."""
         return self.prefill if role == "prefill" else self.decode
+
+    def tp_size(self, role: Role) -> int:
+        """Return the GPUs (TP ranks) of one engine of `role`."""
+        return self.group(role).tensor_parallel_size or self.model.tensor_parallel_size
 
     def engine_names(self, role: Role) -> list[str]:
         """Return the engines' names of `role`, in rank order: `["prefill-0", ...]`."""

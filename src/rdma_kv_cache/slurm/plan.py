@@ -119,7 +119,8 @@ def _size_problems(job: JobConfig, component: ComponentPlan) -> Iterable[Problem
     if gpus is None or _gpus_are_chosen(job, component):
         return
     on_a_node = _most_engines_on_a_node(component, engines)
-    each = job.model.tensor_parallel_size
+    roles = ROLES if component.role == "any" else (component.role,)
+    each = max(job.tp_size(role) for role in roles)
     if on_a_node * each > gpus:
         role = "prefill" if component.role == "any" else component.role
         yield _problem(
