@@ -2,13 +2,14 @@
 # `make demo` and `make test` do all of their own set-up on Debian 12 and Ubuntu 24.04.
 VENV := .venv
 BIN := $(VENV)/bin
+PYTHON ?= python3
 DEMO_CONFIG := jobs/configs/smollm2-135m-1p1d-cpu.yaml
 SANITIZERS := address,undefined thread
 # The extension too is built once with warnings as errors.
 BINDINGS = -DPython_EXECUTABLE=$(abspath $(BIN))/python -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)
 
 .PHONY: help setup demo test unit verbs slurm e2e lint native-test stubs clean
-.PHONY: bench-engine bench-pd bench-verbs bench-posting faults-verbs cycles-verbs e2e-verbs
+.PHONY: gpu bench-gpu bench-engine bench-pd bench-verbs bench-posting faults-verbs cycles-verbs e2e-verbs
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "%-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -58,6 +59,12 @@ bench-engine: bench-peers  ## the native engine beside memcpy, raw TCP and NIXL
 
 bench-pd: bench-peers  ## time to first token: one engine, vLLM's NixlConnector, ours
 	$(BIN)/python tests/bench/bench_pd.py
+
+bench-gpu:  ## the same on a GPU, Llama 3 8B's shape: PYTHON= has vLLM for CUDA, ARGS= see --help
+	$(PYTHON) tests/bench/bench_gpu.py $(ARGS)
+
+gpu:  ## tests on a real GPU, with $(PYTHON)'s vLLM for CUDA
+	$(PYTHON) -m pytest -m gpu
 
 bench-verbs: bench-peers bench-programs  ## the verbs engine beside perftest, NIXL and Mooncake, in a Soft-RoCE guest
 	$(BIN)/python -m tests.guest -m 3000 -t 3000 -- \

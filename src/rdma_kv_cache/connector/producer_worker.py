@@ -25,6 +25,7 @@ from rdma_kv_cache.connector.messages import (
     Renew,
 )
 from rdma_kv_cache.connector.outgoing import Outgoing
+from rdma_kv_cache.connector.trace import Trace
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -76,6 +77,7 @@ class ProducerWorker:
         self._gated: deque[tuple[int, int]] = deque()
         self._launched: deque[tuple[int, Outgoing]] = deque()
         self._looked_at = time.monotonic()
+        self._trace = Trace(settings.trace_file, layout)
         self._layer_index = {layer.name: i for i, layer in enumerate(layout.layers)}
 
     # From vLLM's step
@@ -179,6 +181,7 @@ class ProducerWorker:
         out = delivery.out
         delivery.in_flight.discard(write_id)
         out.write_ended(write_id, time.monotonic())
+        self._trace.ended(write_id, ok)
         if not delivery.in_flight and ok and not out.closed and delivery.all_sent():
             delivery.delivered = True
             if out.all_registered() and all(d.delivered for d in out.deliveries.values()):
@@ -221,6 +224,7 @@ class ProducerWorker:
             _, write_id = self._gated.popleft()
             if (delivery := self._by_write.get(write_id)) is not None:
                 delivery.out.write_began(write_id, now)
+                self._trace.computed(write_id, now)
         while self._launched and self._engine.reached(self._launched[0][0]):
             _, out = self._launched.popleft()
             # It was reached since the last look: exposed time is never shown too small.
@@ -323,6 +327,7 @@ class ProducerWorker:
         )
         delivery.in_flight.add(write_id)
         self._by_write[write_id] = delivery
+        self._trace.posted(write_id, delivery.out, writes)
         if writes.after:
             self._gated.append((writes.after, write_id))
         else:
