@@ -187,6 +187,8 @@ class Bench:
             for role in ("prefill", "decode")
         }
         rdma = {"kv_buffer": s.kv_bytes, "backend": "tcp" if s.device == "cpu" else "auto"}
+        if self._options.trace is not None:
+            rdma["trace_file"] = str(self._options.trace.absolute())
         job = {
             "model": {
                 "name": str(self.model), "max_model_len": s.max_model_len, "dtype": "bfloat16",
@@ -340,6 +342,7 @@ def main() -> None:
     parser.add_argument("--slow-repeats", type=int, default=2, help="of nixl with its defaults")
     parser.add_argument("--link", help="pace our engines' link, e.g. 25GB/s or 12.5GB/s+5us")
     parser.add_argument("--saturation", action="store_true", help="throughput and gaps under load")
+    parser.add_argument("--trace", type=Path, help="our writes, for analysis/timeline.py")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--output", type=Path, help="JSON file, rewritten after every round")
     parser.add_argument("--keep", type=Path, help="folder for logs and run folders")
