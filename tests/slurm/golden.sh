@@ -83,6 +83,8 @@ rdma:
   cancel_timeout_s: 5.0
   lease_s: 30.0
   checksum: false
+  link: ''
+  trace_file: ''
   load_failure_policy: recompute
 orchestrator:
   host: auto

@@ -96,3 +96,29 @@ def write_weights(folder: Path, shape: Shape) -> None:
             }.items()
         }
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def write_sliding_window_model(folder: Path, window: int) -> Path:
+    """Write a Gemma 3 whose layers see `window` tokens and the whole prompt by turns.
+
+    All KV matters here too: norms give attention the weight 1, and the embedding has 0.2.
+    """
+    import torch
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    config = Gemma3TextConfig(
+        vocab_size=49152, hidden_size=128, intermediate_size=256, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=4, head_dim=32, query_pre_attn_scalar=32,
+        max_position_embeddings=4096, initializer_range=0.3, sliding_window=window,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        bos_token_id=1, eos_token_id=2, pad_token_id=2,
+    )  # fmt: skip
+    torch.manual_seed(SEED)
+    model = Gemma3ForCausalLM(config).to(torch.float32)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(0.05)
+    model.save_pretrained(folder)
+    for name in TOKENIZER_FILES:
+        if (MODEL / name).exists():
+            shutil.copy(MODEL / name, folder / name)
+    return folder

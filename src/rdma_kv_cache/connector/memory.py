@@ -70,6 +70,9 @@ class CudaMemory:
 
         self._device = device
         self._current_stream = torch.cuda.current_stream
+        # For pages. Not the default one, which has the model's kernels ahead of us, and one for
+        # all: torch gives each stream memory of its own, 2 MiB at a time.
+        self._page_stream = torch.cuda.Stream(device)
 
     def near(self, address: int) -> str:
         """See KVMemory."""
@@ -87,7 +90,7 @@ class CudaMemory:
 
     def page(self, nbytes: int) -> Page:
         """See KVMemory."""
-        return _CudaPage(self._device, nbytes)
+        return _CudaPage(self._page_stream, nbytes)
 
 
 class _HostPage:
@@ -100,14 +103,13 @@ class _HostPage:
 
 
 class _CudaPage:
-    def __init__(self, device: torch.device, nbytes: int) -> None:
+    def __init__(self, stream: torch.cuda.Stream, nbytes: int) -> None:
         import torch
 
-        # A stream of its own: the default one has the model's kernels ahead of us.
-        self._stream = torch.cuda.Stream(device)
-        with torch.cuda.stream(self._stream):
-            self._bytes = torch.zeros(nbytes, dtype=torch.uint8, device=device)
-        self._stream.synchronize()
+        self._stream = stream
+        with torch.cuda.stream(stream):
+            self._bytes = torch.zeros(nbytes, dtype=torch.uint8, device=stream.device)
+        stream.synchronize()
         self.address = self._bytes.data_ptr()
 
     def fill(self, data: bytes) -> None:
