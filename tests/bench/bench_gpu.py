@@ -50,6 +50,7 @@ from tests.bench.pd_systems import (
     print_table,
     start_nixl_servers,
     versions,
+    word_of,
 )
 from tests.support.client import Client
 from tests.support.synthetic_model import LLAMA_8B, SMALL, Shape, write_config
@@ -180,7 +181,7 @@ class Bench:
     @contextmanager
     def ours(self, link: str = "") -> Iterator[Callable[[], Ours]]:
         """Our pair, being started; the value waits for it. `link` paces what is between the two."""
-        s, folder = self.setup, self._folder / ("ours" if not link else f"ours-{key_of(link, 0)}")
+        s, folder = self.setup, self._folder / word_of(f"ours {link}".strip())
         folder.mkdir()
         groups = {
             role: {"vllm_args": [*s.engine_args, *s.batch_args(role)], "env": s.env(role)}
@@ -255,7 +256,7 @@ class Bench:
             if "cuda" in line and any(word in line for word in ("ucp_get", "ucp_put", "emulation"))
         ]
         if lines:
-            self.figures[f"{name.replace('-', '_')}_ucx_says"] = sorted(set(lines))[:6]
+            self.figures[f"{word_of(name)}_ucx_says"] = sorted(set(lines))[:6]
             self.say(f"{name}, UCX: " + "; ".join(sorted(set(lines))[:6]))
 
 
@@ -325,9 +326,11 @@ def run(bench: Bench, options: argparse.Namespace) -> None:
                 else:
                     compare(bench, one, system, options)
         except (ClusterError, RuntimeError, OSError, asyncio.TimeoutError) as error:
+            if name.startswith("ours"):
+                raise
             # The other pairs' figures are worth having.
             bench.say(f"{name} is left out: {error!r}")
-            bench.figures[f"{name.replace('-', '_')}_error"] = repr(error)[-400:]
+            bench.figures[f"{word_of(name)}_error"] = repr(error)[-400:]
         bench.save()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import platform
+import re
 import signal
 import statistics
 import time
@@ -260,7 +261,12 @@ async def measure(
 
 def key_of(name: str, tokens: int) -> str:
     """The beginning of a system's keys in the RESULT line."""
-    return f"{name.replace(' ', '_').replace('-', '_').lower()}_{tokens}"
+    return f"{word_of(name)}_{tokens}"
+
+
+def word_of(name: str) -> str:
+    """A name as a part of a key or of a file's name."""
+    return re.sub(r"[^a-z0-9.]+", "_", name.lower())
 
 
 def figures_of(samples: Samples, key: str) -> dict[str, Any]:
