@@ -348,13 +348,18 @@ def main() -> None:
     parser.add_argument("--trace", type=Path, help="our writes, for analysis/timeline.py")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--output", type=Path, help="JSON file, rewritten after every round")
-    parser.add_argument("--keep", type=Path, help="folder for logs and run folders")
+    parser.add_argument(
+        "--keep", type=Path, help="logs and run folders, in a folder of their own here"
+    )
     options = parser.parse_args()
     # What is started here must end when a time limit ends this.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
-        folder = options.keep or Path(name)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = Path(name)
+        if options.keep is not None:
+            # A run folder of an earlier run would be taken for this one's.
+            options.keep.mkdir(parents=True, exist_ok=True)
+            folder = Path(tempfile.mkdtemp(prefix="run-", dir=options.keep))
         bench = Bench(options, folder, stack)
         run(bench, options)
         if options.link:
