@@ -9,7 +9,7 @@ SANITIZERS := address,undefined thread
 BINDINGS = -DPython_EXECUTABLE=$(abspath $(BIN))/python -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)
 
 .PHONY: help setup demo test unit verbs slurm e2e lint native-test stubs clean
-.PHONY: gpu bench-gpu bench-engine bench-pd bench-verbs bench-posting faults-verbs cycles-verbs e2e-verbs
+.PHONY: gpu bench-gpu bench-gpu-engine bench-engine bench-pd bench-verbs bench-posting faults-verbs cycles-verbs e2e-verbs
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "%-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -62,6 +62,9 @@ bench-pd: bench-peers  ## time to first token: one engine, vLLM's NixlConnector,
 
 bench-gpu:  ## the same on a GPU, Llama 3 8B's shape: PYTHON= has vLLM for CUDA, ARGS= see --help
 	$(PYTHON) tests/bench/bench_gpu.py $(ARGS)
+
+bench-gpu-engine:  ## cuda_ipc between two processes on a GPU beside a plain copy
+	$(PYTHON) tests/bench/bench_gpu_engine.py $(ARGS)
 
 gpu:  ## tests on a real GPU, with $(PYTHON)'s vLLM for CUDA
 	$(PYTHON) -m pytest -m gpu

@@ -140,11 +140,19 @@ void IpcBackend::probe(PeerId id) {
   completions_.push_back({.kind = Completion::Kind::kReachable, .peer = id});
 }
 
+/// Whether the GPU still answers or not: if it does not, its memory went with its context.
+void IpcBackend::shut_out(const Peer& peer) noexcept {
+  try {
+    gates_.close(peer.gate);
+    (void)gates_.wait_until_idle(peer.gate, kIdleTimeout);
+  } catch (const std::exception&) {
+  }
+}
+
 void IpcBackend::close_peer(PeerId id) {
   const auto found = peers_.find(id);
   if (found == peers_.end()) return;
-  gates_.close(found->second.gate);
-  (void)gates_.wait_until_idle(found->second.gate, kIdleTimeout);
+  shut_out(found->second);
   peers_.erase(found);  // waits for our own copies, then unmaps
   std::erase_if(completions_, [id](const Completion& done) { return done.peer == id; });
 }

@@ -84,6 +84,7 @@ class IpcBackend final : public Backend {
 
   void on_lane_ready(PeerId peer, std::uint32_t epoll_events);
   bool advance(PeerId id, Peer& peer);
+  void shut_out(const Peer& peer) noexcept;
   void fail(PeerId id, Peer& peer, const std::string& reason);
 
   const std::shared_ptr<const Gpu> gpu_;
