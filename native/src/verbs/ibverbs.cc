@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "verbs/ibverbs.h"
 
-#include <dlfcn.h>
 #include <linux/capability.h>
 #include <sys/resource.h>
 #include <sys/syscall.h>
@@ -12,24 +11,10 @@
 #include <stdexcept>
 #include <string>
 
+#include "core/shared_library.h"
+
 namespace rkv::verbs {
 namespace {
-
-constexpr const char* kLibrary = "libibverbs.so.1";
-
-template <class Function>
-void find_optional(void* library, const char* name, Function& function) {
-  function = reinterpret_cast<Function>(dlsym(library, name));
-}
-
-template <class Function>
-void find(void* library, const char* name, Function& function) {
-  find_optional(library, name, function);
-  if (function == nullptr) {
-    throw std::runtime_error(std::string(kLibrary) + " lacks " + name +
-                             "; install a newer rdma-core");
-  }
-}
 
 bool may_lock_any_amount() {
   __user_cap_header_struct header{.version = _LINUX_CAPABILITY_VERSION_3, .pid = 0};
@@ -47,47 +32,45 @@ std::uint64_t memlock_limit() {
 
 /// A fork() gives the child the pinned pages and the parent copies, unless the kernel copies them
 /// for the child (Linux 5.12) or this is called first (ibv_fork_init(3)); then it costs nothing.
-void make_fork_safe(void* library) {
+void make_fork_safe(const SharedLibrary& library) {
   decltype(&::ibv_fork_init) fork_init = nullptr;
-  find_optional(library, "ibv_fork_init", fork_init);
+  library.find_optional("ibv_fork_init", fork_init);
   if (fork_init != nullptr) fork_init();
 }
 
 Ibverbs open_library() {
-  void* library = dlopen(kLibrary, RTLD_NOW | RTLD_LOCAL);
-  if (library == nullptr) {
-    throw std::runtime_error(std::string(dlerror()) +
-                             "; install rdma-core (Debian, Ubuntu: libibverbs1 ibverbs-providers)");
-  }
+  const SharedLibrary library("libibverbs.so.1",
+                              "install rdma-core (Debian, Ubuntu: libibverbs1 ibverbs-providers)",
+                              "install a newer rdma-core");
   Ibverbs lib{};
-  find(library, "ibv_get_device_list", lib.get_device_list);
-  find(library, "ibv_free_device_list", lib.free_device_list);
-  find(library, "ibv_get_device_name", lib.get_device_name);
-  find(library, "ibv_open_device", lib.open_device);
-  find(library, "ibv_close_device", lib.close_device);
-  find(library, "ibv_query_device", lib.query_device);
-  find(library, "ibv_query_port", lib.query_port_compat);
-  find(library, "ibv_get_async_event", lib.get_async_event);
-  find(library, "ibv_ack_async_event", lib.ack_async_event);
-  find(library, "ibv_alloc_pd", lib.alloc_pd);
-  find(library, "ibv_dealloc_pd", lib.dealloc_pd);
-  find(library, "ibv_reg_mr", lib.reg_mr);
-  find_optional(library, "ibv_reg_mr_iova2", lib.reg_mr_iova2);
-  find_optional(library, "ibv_reg_dmabuf_mr", lib.reg_dmabuf_mr);
-  find(library, "ibv_dereg_mr", lib.dereg_mr);
-  find(library, "ibv_create_comp_channel", lib.create_comp_channel);
-  find(library, "ibv_destroy_comp_channel", lib.destroy_comp_channel);
-  find(library, "ibv_create_cq", lib.create_cq);
-  find(library, "ibv_destroy_cq", lib.destroy_cq);
-  find(library, "ibv_get_cq_event", lib.get_cq_event);
-  find(library, "ibv_ack_cq_events", lib.ack_cq_events);
-  find(library, "ibv_create_srq", lib.create_srq);
-  find(library, "ibv_destroy_srq", lib.destroy_srq);
-  find(library, "ibv_create_qp", lib.create_qp);
-  find(library, "ibv_modify_qp", lib.modify_qp);
-  find(library, "ibv_destroy_qp", lib.destroy_qp);
-  find(library, "ibv_wc_status_str", lib.wc_status_str);
-  find(library, "ibv_event_type_str", lib.event_type_str);
+  library.find("ibv_get_device_list", lib.get_device_list);
+  library.find("ibv_free_device_list", lib.free_device_list);
+  library.find("ibv_get_device_name", lib.get_device_name);
+  library.find("ibv_open_device", lib.open_device);
+  library.find("ibv_close_device", lib.close_device);
+  library.find("ibv_query_device", lib.query_device);
+  library.find("ibv_query_port", lib.query_port_compat);
+  library.find("ibv_get_async_event", lib.get_async_event);
+  library.find("ibv_ack_async_event", lib.ack_async_event);
+  library.find("ibv_alloc_pd", lib.alloc_pd);
+  library.find("ibv_dealloc_pd", lib.dealloc_pd);
+  library.find("ibv_reg_mr", lib.reg_mr);
+  library.find_optional("ibv_reg_mr_iova2", lib.reg_mr_iova2);
+  library.find_optional("ibv_reg_dmabuf_mr", lib.reg_dmabuf_mr);
+  library.find("ibv_dereg_mr", lib.dereg_mr);
+  library.find("ibv_create_comp_channel", lib.create_comp_channel);
+  library.find("ibv_destroy_comp_channel", lib.destroy_comp_channel);
+  library.find("ibv_create_cq", lib.create_cq);
+  library.find("ibv_destroy_cq", lib.destroy_cq);
+  library.find("ibv_get_cq_event", lib.get_cq_event);
+  library.find("ibv_ack_cq_events", lib.ack_cq_events);
+  library.find("ibv_create_srq", lib.create_srq);
+  library.find("ibv_destroy_srq", lib.destroy_srq);
+  library.find("ibv_create_qp", lib.create_qp);
+  library.find("ibv_modify_qp", lib.modify_qp);
+  library.find("ibv_destroy_qp", lib.destroy_qp);
+  library.find("ibv_wc_status_str", lib.wc_status_str);
+  library.find("ibv_event_type_str", lib.event_type_str);
   lib.memlock_limit = memlock_limit;
   make_fork_safe(library);
   return lib;
