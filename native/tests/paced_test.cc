@@ -34,6 +34,7 @@ class InstantBackend final : public Backend {
 
   [[nodiscard]] std::string_view name() const override { return "instant"; }
   [[nodiscard]] std::uint8_t lanes() const override { return 0; }
+  [[nodiscard]] std::size_t window(std::size_t /*queue_depth*/) const override { return 16384; }
   void attach(EventLoop& /*loop*/) override {}
   Bytes register_memory(RegionId /*region*/, MemoryRange /*range*/, MemoryUse /*use*/,
                         std::unique_ptr<PinnedMemory> /*pinned*/) override {
@@ -345,6 +346,9 @@ TEST(Paced, WakesForWhatIsPostedDuringTheSleep) {
   EXPECT_TRUE(paced.loop.run_once(std::chrono::seconds(20), turn).handlers);
   EXPECT_LT(Clock::now() - start, engine_patience() / 2);
 }
+
+/// Else the window refills by single slices, and what posting those takes slows the link.
+TEST(Paced, LeavesTheWindowAsItIs) { EXPECT_EQ(Paced("25GB/s").backend->window(1024), 16384U); }
 
 TEST(Paced, NamesTheLink) {
   Paced paced("25GB/s");

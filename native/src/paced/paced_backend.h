@@ -32,6 +32,9 @@ class PacedBackend final : public Backend {
 
   [[nodiscard]] std::string_view name() const override { return inner_->name(); }
   [[nodiscard]] std::uint8_t lanes() const override { return inner_->lanes(); }
+  [[nodiscard]] std::size_t window(std::size_t queue_depth) const override {
+    return inner_->window(queue_depth);
+  }
   void attach(EventLoop& loop) override;
   [[nodiscard]] std::string describe() const override;
   [[nodiscard]] std::vector<std::size_t> cpus() const override { return inner_->cpus(); }
