@@ -158,6 +158,10 @@ void register_engine(py::module_& module) {
            "stream one small memory operation. Raises RuntimeError without a GPU.")
       .def("reached", &Engine::reached, py::arg("mark"),
            "Whether the stream has come to the mark. No call of the driver.")
+      .def("cancel", &Engine::cancel, py::arg("peer"), py::arg("ids"), ReleaseGil(),
+           "Ends those of these writes of which nothing is posted yet, such as those that wait for "
+           "a mark, in TRANSFER_FAILED at once and without their signals.\n\n"
+           "The others end as they would. A peer that was closed is ignored.")
       .def("signal", &Engine::signal, py::arg("peer"), py::arg("imm"), ReleaseGil(),
            "Queues an IMM event (u32) for the peer, delivered after every earlier write to it has "
            "landed. Signals keep their order.")

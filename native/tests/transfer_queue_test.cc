@@ -92,6 +92,25 @@ TEST(TransferQueue, WaitsForTheMarkOfItsFront) {
   EXPECT_EQ(backend.log.str(), "w1x2 s5 w2x1 ");
 }
 
+TEST(TransferQueue, DropsWhatIsNotPosted) {
+  RecordingBackend backend;
+  CountingMarks marks;
+  TransferQueue queue(1, 2, marks);
+  queue.add_write(1, slices(4));
+  queue.add_write(2, slices(1), 8, 7);
+  queue.add_write(3, slices(1));
+  EXPECT_TRUE(queue.post(backend));
+  EXPECT_FALSE(queue.drop(1)) << "half of it is posted";
+  EXPECT_TRUE(queue.drop(2));
+  EXPECT_FALSE(queue.drop(2));
+  EXPECT_FALSE(queue.landed(1, 2));
+  EXPECT_TRUE(queue.post(backend));
+  EXPECT_TRUE(queue.landed(1, 2));
+  EXPECT_TRUE(queue.post(backend));
+  EXPECT_EQ(backend.log.str(), "w1x2 w1x2 w3x1 ");
+  EXPECT_EQ(queue.abandon(), std::vector<TransferId>{3});
+}
+
 TEST(TransferQueue, OffersTheRestAgainWhenTheBackendIsFull) {
   RecordingBackend backend;
   TransferQueue queue(1, 100, kNoMarks);

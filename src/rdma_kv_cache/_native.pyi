@@ -271,6 +271,12 @@ class Engine:
         
         `incarnation` (u64, not 0) tells this engine from its predecessors. Raises ValueError for an unknown backend or incarnation 0, RuntimeError with the reason for a backend that is not usable here.
         """
+    def cancel(self, peer: typing.SupportsInt | typing.SupportsIndex, ids: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex]) -> None:
+        """
+        Ends those of these writes of which nothing is posted yet, such as those that wait for a mark, in TRANSFER_FAILED at once and without their signals.
+        
+        The others end as they would. A peer that was closed is ignored.
+        """
     def close(self) -> None:
         """
         Tells the peers, fences them, fails outstanding writes and joins the progress thread. Idempotent.

@@ -36,6 +36,7 @@ class Stream:
         self.marks = 0
         self.reached_upto = 0
         self.writes: list[tuple[list[int], int | None, int]] = []
+        self.cancelled: list[int] = []
 
     def stream(self) -> int:
         return 7
@@ -52,6 +53,9 @@ class Stream:
         layers = sorted({(int(address) - BASE) // LAYER_BYTES for address in src})
         self.writes.append((layers, imm, after))
         return len(self.writes)
+
+    def cancel(self, peer: int, ids: list[int]) -> None:
+        self.cancelled += ids
 
 
 class Rig:
@@ -154,6 +158,7 @@ def test_a_write_that_waits_for_the_gpu_keeps_its_blocks() -> None:
     rig.launch("l0")
     assert rig.producer.in_flight(["p-t"])
     rig.producer.on_message(rig.peer, Cancel("t", 1))
+    assert rig.gpu.cancelled == [1]  # which fails at once if nothing of it is posted
     rig.producer.end_step()
     rig.begin(ends=[end(complete=False)])
     assert rig.sent == []

@@ -252,6 +252,15 @@ TransferId Engine::write(PeerId peer, std::span<const std::int64_t> local,
   return id;
 }
 
+void Engine::cancel(PeerId peer, std::vector<TransferId> ids) {
+  {
+    const std::lock_guard lock(mutex_);
+    if (closed_) return;  // they have failed
+    queue([this, peer, ids = std::move(ids)] { progress_.cancel(peer, ids); });
+  }
+  run_queued();
+}
+
 void Engine::signal(PeerId peer, std::uint32_t imm) {
   {
     const std::lock_guard lock(mutex_);

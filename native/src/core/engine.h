@@ -78,6 +78,9 @@ class Engine {
                                  std::span<const std::int64_t> remote,
                                  std::span<const std::int64_t> nbytes,
                                  std::optional<std::uint32_t> imm = {}, Mark after = 0);
+  /// Those of these writes of which nothing is posted yet fail at once, without their signals; the
+  /// others end as they would.
+  void cancel(PeerId peer, std::vector<TransferId> ids);
   void signal(PeerId peer, std::uint32_t imm);
   void send(PeerId peer, Bytes message);
 

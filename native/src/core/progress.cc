@@ -250,6 +250,14 @@ void Progress::fail_transfer(Connection& connection, TransferId id, const std::s
       {.kind = EventKind::kTransferFailed, .peer = connection.id, .id = id, .reason = reason});
 }
 
+void Progress::cancel(PeerId peer, const std::vector<TransferId>& ids) {
+  const auto found = connections_.find(peer);
+  if (found == connections_.end()) return;
+  for (const TransferId id : ids) {
+    if (found->second->queue.drop(id)) fail_transfer(*found->second, id, "it was cancelled");
+  }
+}
+
 void Progress::signal(PeerId peer, std::uint32_t imm) {
   Connection& connection = get(peer);
   if (connection.state == Connection::State::kLost) return;

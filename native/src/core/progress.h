@@ -84,6 +84,7 @@ class Progress {
   void connect(PeerId peer, const EndpointDescriptor& remote, std::vector<RemoteMemory> memory);
   void submit(PeerId peer, TransferId id, std::size_t rows, Slices slices,
               std::optional<std::uint32_t> imm, Mark after);
+  void cancel(PeerId peer, const std::vector<TransferId>& ids);
   void signal(PeerId peer, std::uint32_t imm);
   void send(PeerId peer, Bytes message);
   void close_peer(PeerId peer, const std::string& why = "close_peer() was called");

@@ -68,6 +68,17 @@ std::shared_ptr<const Transfer> TransferQueue::landed(TransferId id, std::size_t
   return transfer;
 }
 
+bool TransferQueue::drop(TransferId id) {
+  const auto found = outstanding_.find(id);
+  if (found == outstanding_.end() || found->second->posted > 0) return false;
+  std::erase_if(queue_, [&](const Work& work) {
+    const auto* transfer = std::get_if<std::shared_ptr<Transfer>>(&work);
+    return transfer != nullptr && *transfer == found->second;
+  });
+  outstanding_.erase(found);
+  return true;
+}
+
 std::vector<TransferId> TransferQueue::abandon() {
   std::vector<TransferId> ids;
   ids.reserve(outstanding_.size());

@@ -48,6 +48,9 @@ class TransferQueue {
   /// Accounts for `slices` more landed slices. @return the transfer if that completes it.
   std::shared_ptr<const Transfer> landed(TransferId id, std::size_t slices);
 
+  /// Forgets a write of which nothing is posted, and its signal. @return whether it was one.
+  bool drop(TransferId id);
+
   /// Forgets everything. @return the transfers that did not complete, oldest first.
   [[nodiscard]] std::vector<TransferId> abandon();
 

@@ -421,6 +421,10 @@ class ProducerWorker:
     def _close(self, out: Outgoing, reason: str) -> None:
         out.closed = True
         self._remember(out.transfer_id, reason)
+        # What waits for the GPU would keep the answer to a CANCEL until its step has run.
+        for delivery in out.deliveries.values():
+            if delivery.in_flight:
+                self._engine.cancel(delivery.peer.native, list(delivery.in_flight))
 
     def _finish_if_done(self, out: Outgoing) -> None:
         """Answer and let go, once nothing is posted or in flight for this transfer."""
