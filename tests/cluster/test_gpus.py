@@ -5,7 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from rdma_kv_cache.cluster.gpus import FIRST_NODE_VARIABLE, VARIABLE, gpus_of_engine, visible_gpus
+from rdma_kv_cache.cluster.gpus import (
+    FIRST_NODE_VARIABLE,
+    VARIABLE,
+    gpus_of_engine,
+    gpus_to_show,
+    visible_gpus,
+)
 from rdma_kv_cache.config import JobConfig, JobError
 from rdma_kv_cache.protocol.bootstrap import EngineHello
 
@@ -32,6 +38,18 @@ def test_engines_of_a_host_share_its_gpus_in_rank_order() -> None:
     visible = ["4", "5", "6", "7"]
     found = [gpus_of_engine(hello, world, job(), visible) for hello in world[1:]]
     assert found == [["4", "5"], ["6", "7"], ["4", "5"]]
+
+
+def test_engines_that_meet_on_a_host_see_each_others_gpus_behind_their_own() -> None:
+    together, apart = hellos("n0", "n0", "n0"), hellos("p0", "p0", "d0")
+    visible = ["0", "1", "2", "3"]
+    shown = [
+        gpus_to_show(gpus_of_engine(hello, world, job(), visible), hello, world, visible)
+        for world in (together, apart)
+        for hello in world[1:]
+    ]
+    assert shown == [["0", "1", "2", "3"], ["2", "3", "0", "1"], ["0", "1"], ["0", "1"]]
+    assert gpus_to_show([], together[1], together, visible) == []
 
 
 def test_too_few_gpus_are_named() -> None:

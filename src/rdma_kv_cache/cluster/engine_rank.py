@@ -19,7 +19,7 @@ import msgspec
 
 from rdma_kv_cache.cluster.engine_life import EngineFailed, EngineLife
 from rdma_kv_cache.cluster.exchange import pack, unpack
-from rdma_kv_cache.cluster.gpus import gpus_of_engine, visible_gpus
+from rdma_kv_cache.cluster.gpus import gpus_of_engine, gpus_to_show, visible_gpus
 from rdma_kv_cache.cluster.hub_client import HubClient
 from rdma_kv_cache.cluster.roles import new_incarnation
 from rdma_kv_cache.cluster.tasks import cancel
@@ -89,7 +89,9 @@ class EngineRank:
         self._world = world
         self._job = job
         self._bind_host = world.bind_host()
-        self._gpus = gpus_of_engine(world.hello, world.hellos, job, visible_gpus(os.environ))
+        visible = visible_gpus(os.environ)
+        self._gpus = gpus_of_engine(world.hello, world.hellos, job, visible)
+        self._gpus_to_show = gpus_to_show(self._gpus, world.hello, world.hellos, visible)
         self._api_key = engine_api_key(world.secret)
         self._log_file = run_dir.engine_log(world.engine)
         self._state: EngineState = "STARTING"
@@ -289,7 +291,7 @@ class EngineRank:
             api_key=self._api_key,
             log_file=self._log_file,
             events=self,
-            gpus=self._gpus,
+            gpus=self._gpus_to_show,
         )
 
     def _set_state(self, state: EngineState, reason: str) -> None:

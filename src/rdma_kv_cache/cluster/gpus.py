@@ -60,3 +60,17 @@ def gpus_of_engine(
     before = here[: [h.engine for h in here].index(hello.engine)]
     first = sum(h.tp_size for h in before)
     return list(visible[first : first + hello.tp_size])
+
+
+def gpus_to_show(
+    own: Sequence[str], hello: EngineHello, hellos: Sequence[EngineHello], visible: Sequence[str]
+) -> list[str]:
+    """Return what CUDA shall show an engine's vLLM: its own GPUs first, which are those it takes.
+
+    Where both roles are on this host the others follow: memory of a GPU that a process does not
+    see cannot be mapped into it (cuIpcOpenMemHandle), and KV would go another way.
+    """
+    other_role = "decode" if hello.role == "prefill" else "prefill"
+    if not own or all(h.host != hello.host or h.role != other_role for h in hellos):
+        return list(own)
+    return [*own, *(name for name in visible if name not in own)]

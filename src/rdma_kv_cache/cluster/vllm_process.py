@@ -113,7 +113,7 @@ def vllm_environment(
 ) -> dict[str, str]:
     """Return `base` with what the engine's vLLM needs; the group's own variables win.
 
-    `gpus` are the engine's own; none leaves the choice to what `base` says.
+    `gpus` are what CUDA shows it, its own first; none leaves the choice to what `base` says.
 
     The key travels in the environment, which only the user's own processes can read.
     """
