@@ -27,13 +27,18 @@ NBYTES = 256 << 20
 OPTIONS: dict[str, Any] = {"backend": "cuda_ipc", "peer_timeout_s": 5.0}
 
 
-@pytest.fixture
-def pair() -> Iterator[tuple[End, Remote]]:
+@pytest.fixture(params=[0, 1], ids=["same_gpu", "two_gpus"])
+def pair(request: pytest.FixtureRequest) -> Iterator[tuple[End, Remote]]:
     from tests.gpu.ends import End, Remote
 
-    remote = Remote(NBYTES, OPTIONS)
+    device = request.param
+    if device >= torch.cuda.device_count():
+        pytest.skip("needs a second GPU")
+    remote = Remote(NBYTES, OPTIONS, device)
     end = End(NBYTES, _native.EngineConfig(**OPTIONS))
     remote.meet(end)
+    way = "GPU 1 to GPU 0, peer to peer" if device else "same GPU"
+    assert remote.path == f"cuda_ipc: {way}"
     yield end, remote
     remote.close()
     end.engine.close()
@@ -61,7 +66,6 @@ def sums(end: End, offsets: np.ndarray, page: int) -> np.ndarray:
 )
 def test_scattered_pages_arrive(pair: tuple[End, Remote], page: int, count: int) -> None:
     end, remote = pair
-    assert remote.path == "cuda_ipc: same GPU"
     fill_random(end)
     here, there = pages(page, count)
     transfer = end.write(here, there, page, imm=41)
