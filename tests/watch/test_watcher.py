@@ -154,6 +154,21 @@ def test_a_job_submitted_after_the_query_is_not_taken_for_forgotten(
     assert len(slurm.calls("squeue")) == 2
 
 
+def test_a_job_that_started_after_the_query_has_its_nodes(
+    runs: Path, slurm: FakeSlurm, service: Service
+) -> None:
+    folder = submit(runs, 7)
+    slurm.set("squeue", "7+0|PENDING|Priority||1|0:00|9:00|N/A|main|serve")
+    watcher = Watcher(runs)
+    assert look(runs, watcher)["7"].state == "PENDING"
+    slurm.set("squeue", RUNNING)
+    service.serve()
+    start(folder, ready(service.url))
+    views = [look(runs, watcher)["7"] for _ in range(3)]
+    assert [[part.nodes for part in view.components] for view in views] == [["p0"]] * 3
+    assert len(slurm.calls("squeue")) == 2
+
+
 def test_how_a_job_ended_is_kept(runs: Path, slurm: FakeSlurm) -> None:
     slurm.set("squeue", "7|NODE_FAIL|None|p0|1|1:00|9:00|2026-11-24T18:00:00|main|serve")
     start(submit(runs, 7), ready("http://127.0.0.1:1"))

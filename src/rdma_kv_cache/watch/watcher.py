@@ -144,6 +144,9 @@ class Watcher:
         if any(folder.job_id is not None for folder in folders):
             self.ask_slurm()
         readings = {folder.path: read_state(folder.run) for folder in folders}
+        if any(self._has_started(folder, readings[folder.path]) for folder in folders):
+            self.expire()  # once a start, and only then are its nodes known
+            self.ask_slurm()
         known = self._known(folders, readings)
         targets = self._targets(folders, readings, known)
         answers = asyncio.run(ask_all(targets))
@@ -158,6 +161,13 @@ class Watcher:
         self._note_loads(answers)
         self._is_calm = all(view.verified for view in views)
         return views
+
+    def _has_started(self, folder: JobFolder, reading: Reading) -> bool:
+        """Whether the run has spoken since the queue, as it is known, had it waiting."""
+        queued = None if folder.job_id is None else self._queue.get(folder.job_id)
+        return (
+            queued is not None and queued.leader.is_waiting and reading.written > self._queried_at
+        )
 
     def _known(
         self, folders: Sequence[JobFolder], readings: dict[Path, Reading]
