@@ -28,7 +28,6 @@ Cuda open_library() {
   library.find("cuCtxGetCurrent", cuda.ctx_get_current);
   library.find("cuCtxSetCurrent", cuda.ctx_set_current);
   library.find("cuCtxGetDevice", cuda.ctx_get_device);
-  library.find("cuCtxEnablePeerAccess", cuda.ctx_enable_peer_access);
   library.find("cuMemAlloc_v2", cuda.mem_alloc);
   library.find("cuMemFree_v2", cuda.mem_free);
   library.find("cuMemHostAlloc", cuda.mem_host_alloc);
@@ -36,7 +35,6 @@ Cuda open_library() {
   library.find("cuMemHostGetDevicePointer_v2", cuda.mem_host_get_device_pointer);
   library.find("cuMemGetAddressRange_v2", cuda.mem_get_address_range);
   library.find("cuMemcpyDtoHAsync_v2", cuda.memcpy_dtoh_async);
-  library.find("cuMemcpyHtoDAsync_v2", cuda.memcpy_htod_async);
   library.find("cuMemsetD32Async", cuda.memset_d32_async);
   library.find("cuPointerGetAttribute", cuda.pointer_get_attribute);
   library.find("cuPointerSetAttribute", cuda.pointer_set_attribute);

@@ -51,7 +51,6 @@ struct MemAccess {
 };
 
 enum DeviceAttribute : int {
-  kMultiprocessorCount = 16,
   kCanUseStreamMemOps64 = 122,
   kGpuDirectRdmaSupported = 116,
   kGpuDirectRdmaFlushWritesOptions = 117,
@@ -59,8 +58,6 @@ enum DeviceAttribute : int {
   kDmaBufSupported = 124,
 };
 enum P2pAttribute : int {
-  kPerformanceRank = 1,
-  kAccessSupported = 2,
   kNativeAtomicSupported = 3,
 };
 enum PointerAttribute : int {
@@ -94,7 +91,6 @@ struct Cuda {
   Result (*ctx_get_current)(Context* context);
   Result (*ctx_set_current)(Context context);
   Result (*ctx_get_device)(Device* device);
-  Result (*ctx_enable_peer_access)(Context peer, unsigned flags);
   Result (*mem_alloc)(DevicePtr* address, std::size_t nbytes);
   Result (*mem_free)(DevicePtr address);
   Result (*mem_host_alloc)(void** address, std::size_t nbytes, unsigned flags);
@@ -102,7 +98,6 @@ struct Cuda {
   Result (*mem_host_get_device_pointer)(DevicePtr* device, void* host, unsigned flags);
   Result (*mem_get_address_range)(DevicePtr* base, std::size_t* nbytes, DevicePtr address);
   Result (*memcpy_dtoh_async)(void* to, DevicePtr from, std::size_t nbytes, Stream stream);
-  Result (*memcpy_htod_async)(DevicePtr to, const void* from, std::size_t nbytes, Stream stream);
   Result (*memset_d32_async)(DevicePtr to, unsigned value, std::size_t count, Stream stream);
   Result (*pointer_get_attribute)(void* value, int attribute, DevicePtr address);
   Result (*pointer_set_attribute)(const void* value, int attribute, DevicePtr address);

@@ -25,6 +25,7 @@ struct Exported final : PinnedMemory {
 
 IpcBackend::IpcBackend()
     : gpu_(current_gpu()),
+      here_(Exporter::here(*gpu_)),
       kernel_(std::make_shared<const CopyKernel>(gpu_)),
       marks_(gpu_),
       gates_(gpu_),
@@ -79,7 +80,7 @@ Bytes IpcBackend::create_endpoint(PeerId id) {
   Peer& peer = peers_[id];
   peer.gate = gates_.open();
   ByteWriter writer;
-  Exporter::here(*gpu_).put(writer);
+  here_.put(writer);
   writer.put(peer.gate);
   writer.put(gates_.memory().address);
   writer.put_string(gates_export_.blob);
@@ -88,7 +89,7 @@ Bytes IpcBackend::create_endpoint(PeerId id) {
 
 bool IpcBackend::accepts(std::string_view blob) const {
   ByteReader reader(blob);
-  return Exporter::get(reader).boot_id == Exporter::here(*gpu_).boot_id;
+  return Exporter::get(reader).boot_id == here_.boot_id;
 }
 
 /// A peer that cannot be written to from here may still write to us.
@@ -100,9 +101,9 @@ void IpcBackend::connect(PeerId id, PeerLink link) {
   const auto gates_address = reader.get<std::uint64_t>("address of the gates");
   const Bytes gates_blob = reader.get_string("gates");
   reader.expect_end();
-  peer.reach = reach(*gpu_, exporter);
+  peer.reach = reach(*gpu_, here_, exporter);
   // In the same process an address is what it is; CUDA does not map its own exports.
-  const bool is_here = exporter.process == Exporter::here(*gpu_).process;
+  const bool is_here = exporter.process == here_.process;
   const auto map = [&](const Bytes& blob, std::uint64_t address, std::uint64_t nbytes) {
     return is_here ? Mapped{address, nullptr} : mapper_.map(exporter, blob, nbytes);
   };

@@ -88,6 +88,7 @@ class IpcBackend final : public Backend {
   void fail(PeerId id, Peer& peer, const std::string& reason);
 
   const std::shared_ptr<const Gpu> gpu_;
+  const Exporter here_;
   const std::shared_ptr<const CopyKernel> kernel_;
   StreamMarks marks_;
   Gates gates_;

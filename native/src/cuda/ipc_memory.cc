@@ -179,10 +179,10 @@ Exporter Exporter::get(ByteReader& reader) {
   return exporter;
 }
 
-Reach reach(const Gpu& gpu, const Exporter& peer) {
+Reach reach(const Gpu& gpu, const Exporter& here, const Exporter& peer) {
   const Cuda& cuda = gpu.cuda();
-  if (peer.boot_id != boot_id()) return {false, "the peer is on another host"};
-  if (peer.gpu.bytes == gpu.uuid().bytes) return {true, "same GPU"};
+  if (peer.boot_id != here.boot_id) return {false, "the peer is on another host"};
+  if (peer.gpu.bytes == here.gpu.bytes) return {true, "same GPU"};
   int count = 0;
   check(cuda, cuda.device_get_count(&count), "cuDeviceGetCount()");
   std::optional<int> found;

@@ -32,7 +32,7 @@ struct Reach {
   bool possible = false;
   std::string text;  ///< "same GPU", "GPU 0 to GPU 1, peer to peer"; else why not and what to do.
 };
-[[nodiscard]] Reach reach(const Gpu& gpu, const Exporter& peer);
+[[nodiscard]] Reach reach(const Gpu& gpu, const Exporter& here, const Exporter& peer);
 
 /// Memory made mappable for other processes. Keeps open what the mapping needs.
 struct Export {
